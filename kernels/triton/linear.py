@@ -217,4 +217,4 @@ def _added(
         "MAX_RANK": bank.max_rank,
         **ends(site),
     }
-    return hidden, bank.numbers, bank.ranks, rows.adapters, rows.groups, site.index, site.b_offset, constants
+    return hidden, bank.numbers, bank.ranks, rows.adapters, rows.groups, site.number, site.b_offset, constants

@@ -33,7 +33,7 @@ MOST_PARTS = 3
 class BankSite(NamedTuple):
     """One product of one layer, and where its matrices lie in a slot, in elements for each unit of rank."""
 
-    index: int
+    number: int
     a_offset: int
     b_offset: int
     inputs: int
@@ -143,7 +143,7 @@ def shrink(
     prefetch = next((size for size in (1024, 512, 256) if share >= size), 0) if x.element_size() == 2 else 0
     if len(rows.items):
         _shrink_kernel[(len(rows.items), width // RANK_STEP, splits)](
-            x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.index, site.a_offset,
+            x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.number, site.a_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], K=k, SPLITS=splits, MAX_RANK=bank.max_rank,
             WIDTH=width, TILE_K=tile_k, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, RANK_STEP=RANK_STEP, PREFETCH=prefetch,
             PDL=pdl, **launch_options(4, pdl, 3),
@@ -257,7 +257,7 @@ def expand(added: AddedProduct, out: torch.Tensor, *, pdl: bool = False) -> None
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
         _expand_kernel[(len(rows.items), n // tile_n)](
-            added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.index, site.b_offset,
+            added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
             MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, PDL=pdl,
             **launch_options(4, pdl),
@@ -273,6 +273,8 @@ def ends(site: BankSite) -> dict[str, int]:
 
 def _check(bank: AdapterBank, *tensors: torch.Tensor) -> None:
     require(bank.max_rank >= RANK_STEP and bank.max_rank & (bank.max_rank - 1) == 0, f"a rank of {bank.max_rank}")
-    require(bank.ranks.dtype == torch.int32 and len(bank.ranks) == len(bank.numbers), "a rank a slot and site is needed")
+    require(
+        bank.ranks.dtype == torch.int32 and len(bank.ranks) == len(bank.numbers), "a rank a slot and site is needed"
+    )
     for tensor in (bank.numbers, bank.ranks, *tensors):
         require(tensor.is_contiguous(), "tensors must be contiguous")

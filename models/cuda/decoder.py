@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from baton.kernels import Linear
+from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
+from baton.kernels.triton.low_rank import AddedProduct
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rank_words import RankInbox
@@ -25,6 +27,7 @@ from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_writ
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
+from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.experts import ExpertBlocks, plan_experts
 from baton.models.cuda.latent import LatentLayers
@@ -94,6 +97,7 @@ class _Step:
     drawn: torch.Tensor | None = None
     """The tokens, by number (int32), that are computed behind the last layer's attention; None: all."""
     pdl: bool = False
+    adapters: AdapterRows | None = None
 
 
 class DeviceDecoder:
@@ -110,12 +114,14 @@ class DeviceDecoder:
         max_drawn: int,
         max_len: int,
         sums: RankInbox | None = None,
+        adapters: AdapterSteps | None = None,
     ) -> None:
         """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len.
 
         sums: the weights are a rank's, config its part_of the model's, and what layers add is exchanged here.
+        adapters: of a decoder whose steps may have rows with adapters.
         """
-        self._config, self._weights, self._sums = config, weights, sums
+        self._config, self._weights, self._sums, self._adapters = config, weights, sums, adapters
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         mlps = [layer.shape.mlp for layer in weights.layers]
         mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
@@ -152,10 +158,18 @@ class DeviceDecoder:
         finally:
             self._indices = range(len(shapes))
 
-    def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
-        """Logits [rows, vocab] of one new token a row."""
+    def decode(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of one new token a row; with the rows' adapters."""
         attend = self.attend_rows(inputs, plan, scratch, pdl)
-        normed = self._layers(_Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl))
+        step = _Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
+        normed = self._layers(step)
         assert normed is not None, "all rows draw"
         return self._logits(normed, pdl)
 
@@ -177,13 +191,14 @@ class DeviceDecoder:
         kv_slots: torch.Tensor,
         attend: Attend,
         drawn: torch.Tensor,
+        adapters: AdapterRows | None = None,
     ) -> None:
         """Logits of the tokens number `drawn` (int32) of a step become `last_logits`; the other arrays are int32 [N].
 
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        normed = self._layers(_Step(tokens, positions, kv_slots, attend, drawn))
+        normed = self._layers(_Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
         if normed is not None:
             self._logits(normed, pdl=False)
 
@@ -196,12 +211,13 @@ class DeviceDecoder:
         drawn: torch.Tensor,
         parts: Sequence[tuple[int, int]],
         take: Callable[[torch.Tensor, int], None],
+        adapters: AdapterRows | None = None,
     ) -> None:
         """As `prefill`; before, `take` gets the logits behind tokens begin .. end - 1 of each part, and its number.
 
         They are valid until it returns.
         """
-        normed = self._layers(_Step(tokens, positions, kv_slots, attend))
+        normed = self._layers(_Step(tokens, positions, kv_slots, attend, adapters=adapters))
         assert normed is not None, "all tokens are computed to the end"
         for number, (begin, end) in enumerate(parts):
             take(self._logits(normed[begin:end], pdl=False), number)
@@ -225,9 +241,8 @@ class DeviceDecoder:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
-        ops = _StepOps(
-            act, self._products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums
-        )
+        products, experts = _StepProducts(self._products, self._adapters, step), self._experts
+        ops = _StepOps(act, products, experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -242,13 +257,52 @@ class DeviceDecoder:
         return self._pool
 
 
+class _StepProducts:
+    """Products of one step, with what the adapters of its rows add to them."""
+
+    def __init__(self, products: Products, adapters: AdapterSteps | None, step: _Step) -> None:
+        self._products, self._adapters = products, adapters
+        self._rows, self._pdl = step.adapters, step.pdl
+
+    def keep(self, drawn: torch.Tensor) -> None:
+        """From now on the step has these of its rows."""
+        if self._rows is not None:
+            assert self._adapters is not None, "a step with adapters of a decoder without"
+            self._rows = self._adapters.keep(self._rows, drawn)
+
+    def codes_for(self, reader: Linear, num_rows: int) -> Rows | None:
+        """As Products; adapters multiply plain rows."""
+        return self._products.codes_for(reader, num_rows) if self._rows is None else None
+
+    def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
+        """name: as BankLayout has it."""
+        return self._products(weights, x, out, self._added(layer, name, x), pdl=self._pdl)
+
+    def gated(self, layer: int, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear) -> Rows:
+        added = self._added(layer, "gate_up", x)
+        following = reader if self._rows is None else None
+        return self._products.gated(gate_up, x, out, following, added, pdl=self._pdl)
+
+    def gelu_gated(
+        self, layer: int, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear
+    ) -> Rows:
+        added = self._added(layer, "gate_up", x)
+        return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
+
+    def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
+        if self._rows is None:
+            return None
+        assert self._adapters is not None, "a step with adapters of a decoder without"
+        return self._adapters.added(layer, name, plain(x), self._rows, pdl=self._pdl)
+
+
 class _StepOps:
     """models.layer_order.LayerOps of one step, over the memory that all steps share."""
 
     def __init__(
         self,
         act: Activations,
-        products: Products,
+        products: _StepProducts,
         experts: ExpertBlocks | None,
         step: _Step,
         rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
@@ -260,6 +314,7 @@ class _StepOps:
         self._sums = sums
         self._act, self._products, self._experts, self._step = act, products, experts, step
         self._kv_slots: torch.Tensor | None = step.kv_slots
+        self._index = 0  # of the layer
         self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
         num_tokens = len(step.tokens)
         self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
@@ -277,7 +332,8 @@ class _StepOps:
         return self._products.codes_for(reader, len(self._residual)) or self._normed
 
     def attention(self, index: int, layer: LayerWeights, x: Rows) -> Added | None:
-        qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._step.pdl)
+        self._index = index
+        qkv = self._products(index, "qkv", layer.attention.qkv, x, self._qkv)
         self._rope_and_write(index, qkv, self._query)
         drawn = self._step.drawn if index == self._last else None
         if drawn is not None and not len(drawn):
@@ -285,7 +341,7 @@ class _StepOps:
         self._step.attend(index, self._query, self._attended)
         if drawn is not None:
             self._keep(drawn)
-        return self._products(layer.attention.o, self._flat, self._mixed, pdl=self._step.pdl)
+        return self._products(index, "o", layer.attention.o, self._flat, self._mixed)
 
     def _keep(self, drawn: torch.Tensor) -> None:
         """From now on the step has these of its tokens."""
@@ -296,6 +352,7 @@ class _StepOps:
         self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
         self._kv_slots = None
+        self._products.keep(drawn)
 
     def mlp(self, layer: LayerWeights, x: Rows) -> Added:
         mlp, shape = layer.mlp, layer.shape.mlp
@@ -303,11 +360,11 @@ class _StepOps:
             assert isinstance(shape, ExpertsMlp) and self._experts is not None, "planned with the weights"
             return self._experts(shape, mlp, plain(x), self._kv_slots, pdl=self._step.pdl)
         if shape.activation == SILU:
-            gated = self._products.gated(mlp.gate_up, x, self._gated, mlp.down, pdl=self._step.pdl)
+            gated = self._products.gated(self._index, mlp.gate_up, x, self._gated, mlp.down)
         else:
             wide = self._act.wide[: len(self._residual)]
-            gated = self._products.gelu_gated(mlp.gate_up, x, wide, self._gated, mlp.down, pdl=self._step.pdl)
-        return self._products(mlp.down, gated, self._mixed, pdl=self._step.pdl)
+            gated = self._products.gelu_gated(self._index, mlp.gate_up, x, wide, self._gated, mlp.down)
+        return self._products(self._index, "down", mlp.down, gated, self._mixed)
 
     def add_and_norm(
         self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear

@@ -26,6 +26,10 @@ class StepLimits:
     """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
     most_drafts: int = 0
     """Drafts that are verified behind a row's token at most."""
+    adapter_slots: int = 0
+    """Adapters that the GPU holds at a time."""
+    max_rank: int = 16
+    """Of an adapter."""
 
     @property
     def decode_tokens(self) -> int:

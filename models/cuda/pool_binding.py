@@ -38,6 +38,8 @@ class PoolBinding:
     chunk_upload: Upload
     scratch: DecodeScratch
     graphs: DecodeGraphs
+    adapted: DecodeGraphs
+    """Of steps with rows that have adapters; those without run as if there were none."""
     accepted: DecodeGraphs
     """Taking in what was drawn, where there are drafts."""
     edited: DecodeGraphs
@@ -47,3 +49,5 @@ class PoolBinding:
     """int32 [3, most tokens]: tokens, positions and KV slots of a step of both kinds."""
     chunk_steps: list[CapturedChunks]
     """Smallest first."""
+    adapted_chunk_steps: list[CapturedChunks]
+    """Those with adapters."""

@@ -33,6 +33,11 @@ class QueueMark(Protocol):
         """Seconds of the device between two marks that have passed; 0 where the device has no clock."""
         ...
 
+    @property
+    def passed(self) -> bool:
+        """Whether all work before it has run; never waits."""
+        ...
+
 
 class Queue(Protocol):
     """An ordered stream of device work."""
@@ -49,6 +54,10 @@ class Queue(Protocol):
     def enqueue(self, work: Work) -> None: ...
 
     def mark(self) -> QueueMark: ...
+
+    def beside(self) -> Queue:
+        """A stream of the same device of its own, whose work runs beside this one's."""
+        ...
 
     def rehearse(self, work: Work) -> None:
         """Have ready what the kernels of `work` need. For that it may run, captures included, but without kernels."""
@@ -81,6 +90,9 @@ class CudaQueue:
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return _EventMark(event)
+
+    def beside(self) -> CudaQueue:
+        return CudaQueue(self._stream.device.index)
 
     def rehearse(self, work: Work) -> None:
         self._rehearsing = True
@@ -115,6 +127,10 @@ class _EventMark:
     def since(self, earlier: QueueMark) -> float:
         assert isinstance(earlier, _EventMark), "marks of two kinds of queue"
         return earlier.event.elapsed_time(self.event) / 1e3
+
+    @property
+    def passed(self) -> bool:
+        return self.event.query()
 
 
 def aligned(count: int, to: int = ALIGNED) -> int:

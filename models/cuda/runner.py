@@ -24,8 +24,11 @@ from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
 from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
+from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
 from baton.models.batch import DeviceTime, Draw, Launched, PromptTargets, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda.adapter_bank import BankLayout, BankSlots
+from baton.models.cuda.adapter_steps import NONE, AdapterSteps, adapter_of, rows_of
 from baton.models.cuda.attention import ChunkAttention, choose_attention
 from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, decodes, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
@@ -95,9 +98,22 @@ class CudaRunner:
         policy = policy or (invariant if limits.deterministic else fastest)
         rows, row_tokens = limits.max_rows, limits.decode_tokens
         self._most_tokens = max(limits.max_tokens, row_tokens)
+        self.adapters: AdapterSlots = NO_SLOTS
+        self._adapters: AdapterSteps | None = None
+        if limits.adapter_slots:
+            if peers is not None:
+                raise SettingsError("--max-loras: ranks of a tensor parallel worker take no adapters on GPUs")
+            self._adapters = self._make_adapters(model, limits)
         self._decoder: StepDecoder = (
             DeviceDecoder(
-                own, model, policy, self._most_tokens, row_tokens, max_len, None if peers is None else peers.sums
+                own,
+                model,
+                policy,
+                self._most_tokens,
+                row_tokens,
+                max_len,
+                None if peers is None else peers.sums,
+                self._adapters,
             )
             if isinstance(model, Weights)
             else model
@@ -132,6 +148,23 @@ class CudaRunner:
         self._last: QueueMark | None = None
         self._bound: PoolBinding | None = None
         self._longest = max_len
+
+    def _make_adapters(self, model: Weights | StepDecoder, limits: StepLimits) -> AdapterSteps:
+        """With memory for the slots, which become `adapters`."""
+        if not isinstance(model, Weights):
+            raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
+        layout = BankLayout.of(self.config)
+        dtype = model.embedding.dtype
+        self.adapters = slots = BankSlots(layout, limits.adapter_slots, limits.max_rank, dtype, self.queue.beside())
+        return AdapterSteps(
+            self.queue,
+            slots,
+            layout,
+            limits.max_rows,
+            limits.decode_tokens,
+            self._most_tokens,
+            deterministic=limits.deterministic,
+        )
 
     def bind_pool(
         self,
@@ -173,7 +206,10 @@ class CudaRunner:
             inputs=StepInputs.make(row_tokens, width, device),
             upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
-            chunk_upload=Upload(self.queue, 4 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
+            chunk_upload=Upload(
+                self.queue,
+                4 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED + self._adapter_numbers(tokens),
+            ),
             scratch=DecodeScratch.make(
                 row_tokens,
                 max(self._plan(size, length).num_parts for size in sizes for length in lengths),
@@ -183,10 +219,12 @@ class CudaRunner:
                 device,
             ),
             graphs=DecodeGraphs(self._capture_step, sizes, lengths, self._decode_body),
+            adapted=DecodeGraphs(self._capture_step, sizes, lengths, partial(self._decode_body, adapted=True)),
             edited=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._edited_body),
             accepted=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._accepted_body),
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
+            adapted_chunk_steps=[],
         )
         self.queue.rehearse(self._rehearse)
         self._capture(self._bound, on_progress)
@@ -203,11 +241,20 @@ class CudaRunner:
             self.launch([Row([0], 0, [0], draw, slot) for slot in range(min(size, self._limits.max_rows))]).read()
         length = min(self._longest - 1, self._limits.max_tokens)
         self.launch([Row([0] * length, 0, range(width), draw)]).read()
+        if self._adapters is not None:
+            self._warm_up_adapters(range(width), draw, length)
         if length > 1:
             targets = PromptTargets(0, [0] * (length - 1), 1)
             self.launch([Row([0] * length, 0, range(width), draw, 0, targets)]).read()
         if self.drafts is not None:
             self._time_steps(bound)
+
+    def _warm_up_adapters(self, blocks: range, draw: Draw, length: int) -> None:
+        """As `warm_up`; a slot that was never filled adds nothing."""
+        for size in TABLED_ROWS:
+            rows = range(min(size, self._limits.max_rows))
+            self.launch([Row([0], 0, [0], draw, slot, adapter=0) for slot in rows]).read()
+        self.launch([Row([0] * length, 0, blocks, draw, adapter=0)]).read()
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
@@ -324,7 +371,10 @@ class CudaRunner:
         """Returns its begin on the device. `keep_logits`: another launch writes its own before these rows draw."""
         bound, count = self._bind(), len(rows)
         num_tokens = count if choice is None else choice.tokens
-        graph = bound.graphs.graph_for(num_tokens, self._longest_of(rows))
+        graphs = bound.graphs
+        if self._update_adapters(rows):
+            graphs = bound.adapted
+        graph = graphs.graph_for(num_tokens, self._longest_of(rows))
         sent = (self._header(rows, drafting=choice is not None), *bound.slots.changes(rows))
         header, places, blocks = bound.upload.send(sent)
         edits = any(self._sampler.edits(row.slot) for row in rows)
@@ -371,14 +421,41 @@ class CudaRunner:
         header[2, :count] = [row.token_ids[0] if row.token_ids else -1 for row in rows]
         return header
 
-    def _decode_body(self, num_rows: int, max_tokens: int) -> Work:
+    def _update_adapters(self, rows: Sequence[Row]) -> bool:
+        """Whether any of these rows that decode has an adapter; then the device gets to know which have which."""
+        has_any = any(row.adapter is not None for row in rows)
+        if has_any:
+            assert self._adapters is not None, "a row with an adapter, and no slots"
+            self._adapters.update(rows)
+        return has_any
+
+    def _lay_out_adapters(self, rows: Sequence[Row], padded: int, num_tokens: int, before: int = 0) -> list[np.ndarray]:
+        """Arrays of the adapters of a step, none if no row has one: of `before` rows of one token, which are padded to
+        `padded` tokens, and of parts of prompts behind them, padded to num_tokens in all."""
+        if all(row.adapter is None for row in rows):
+            return []
+        assert self._adapters is not None, "a row with an adapter, and no slots"
+        adapters, counts = [adapter_of(row) for row in rows], [row.num_new for row in rows]
+        adapters[before:before], counts[before:before] = [NONE], [padded - before]
+        behind_them = num_tokens - sum(counts)
+        return list(self._adapters.lay_out([*adapters, NONE], [*counts, behind_them]))
+
+    def _adapter_numbers(self, num_tokens: int) -> int:
+        """Room for them in an upload."""
+        return 0 if self._adapters is None else self._adapters.capacity(num_tokens) + 4 * ALIGNED
+
+    def _decode_body(self, num_rows: int, max_tokens: int, *, adapted: bool = False) -> Work:
         """The launches of a decode step, whose inputs lie where `upload` puts them."""
         bound, inputs, pdl = self._bind(), self._bind().inputs.first(num_rows), self._pdl(num_rows)
         slots, plan = self._slots_of(num_rows), self._plan(num_rows, max_tokens)
 
         def body() -> None:
             self._gather(inputs, plan)
-            logits = self._decoder.decode(inputs, plan, bound.scratch, pdl)
+            adapters = None
+            if adapted:
+                assert self._adapters is not None, "steps with adapters, and no slots"
+                adapters = self._adapters.group(slots)
+            logits = self._decoder.decode(inputs, plan, bound.scratch, pdl, adapters)
             self._draw(logits, slots, inputs.lengths, edited=False)
 
         return body
@@ -451,17 +528,21 @@ class CudaRunner:
         arrays = lay_out(rows, bound.block_tokens, self._own.num_heads, bound.attention.tile)
         for row in rows:
             bound.slots.begin(row.slot)
+        has_adapters = any(row.adapter is not None for row in rows)
         if any(row.targets is not None for row in rows):
-            *sent, targets = bound.chunk_upload.send((*arrays, targets_of(rows)))
+            adapters = self._lay_out_adapters(rows, 0, len(arrays.tokens))
+            targets, *sent = bound.chunk_upload.send((targets_of(rows), *arrays, *adapters))
             prefill = self._scored_body(rows, sent, targets, result)
         else:
-            captured = next((step for step in bound.chunk_steps if step.shape.holds(arrays)), None)
+            steps = bound.adapted_chunk_steps if has_adapters else bound.chunk_steps
+            captured = next((step for step in steps if step.shape.holds(arrays)), None)
             if captured is not None:
                 arrays = captured.shape.padded(arrays, bound.slots.padding)
-            sent = bound.chunk_upload.send(arrays)
+            adapters = self._lay_out_adapters(rows, 0, len(arrays.tokens))
+            sent = bound.chunk_upload.send((*arrays, *adapters))
             prefill = self._prefill_body(sent) if captured is None else captured.launch
         drawing = [row for row in rows if row.draw is not None]
-        slots, new_positions = (array[: len(drawing)] for array in sent[-2:])
+        slots, new_positions = (array[: len(drawing)] for array in sent[len(arrays) - 2 : len(arrays)])
         edited = any(self._sampler.edits(row.slot) for row in drawing)
         finish = self._finish(drawing, slots, result, first)
 
@@ -489,8 +570,12 @@ class CudaRunner:
         arrays = lay_out(chunks, bound.block_tokens, self._own.num_heads, bound.attention.tile)
         for row in chunks:
             bound.slots.begin(row.slot)
-        sent = bound.chunk_upload.send(behind(arrays, decode, padded))
-        tokens, positions, kv_slots, starts, lengths, tables, items, last, slots, new_positions = sent
+        of_adapters = self._lay_out_adapters(
+            [*decode, *chunks], padded, padded + len(arrays.tokens), before=len(decode)
+        )
+        sent = bound.chunk_upload.send((*behind(arrays, decode, padded), *of_adapters))
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, slots, new_positions, *with_adapters = sent
+        adapters = rows_of(with_adapters) if with_adapters else None
         inputs = bound.inputs.first(padded)
         plan, pdl = self._plan(padded, longest), self._pdl(padded)
         of_rows = self._decoder.attend_rows(inputs, plan, bound.scratch, pdl)
@@ -512,7 +597,7 @@ class CudaRunner:
             pairs = (inputs.tokens, tokens), (inputs.positions, positions), (inputs.kv_slots, kv_slots)
             for pair, joined in zip(pairs, both, strict=True):
                 torch.cat(pair, out=joined)
-            self._decoder.prefill(both[0], both[1], both[2], attend, last)
+            self._decoder.prefill(both[0], both[1], both[2], attend, last, adapters)
 
         def choose() -> None:
             logits = self._decoder.last_logits(len(drawing))
@@ -526,17 +611,20 @@ class CudaRunner:
         return begun
 
     def _prefill_body(self, sent: Sequence[torch.Tensor]) -> Work:
-        """The launches of parts of prompts over a step's arrays on the device, in the order of ChunkArrays."""
-        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _ = sent
+        """The launches of parts of prompts over a step's arrays on the device, in the order of ChunkArrays; behind them
+        may be those of adapters."""
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _, *with_adapters = sent
+        adapters = rows_of(with_adapters) if with_adapters else None
         attention = self._bind().attention
         attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
-        return partial(self._decoder.prefill, tokens, positions, kv_slots, attend, last)
+        return partial(self._decoder.prefill, tokens, positions, kv_slots, attend, last, adapters)
 
     def _scored_body(
         self, rows: Sequence[Row], sent: Sequence[torch.Tensor], targets: torch.Tensor, result: StepResult
     ) -> Work:
         """The same, with log probabilities of the rows' targets: a few rows of logits at a time."""
-        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _ = sent
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _, *with_adapters = sent
+        adapters = rows_of(with_adapters) if with_adapters else None
         attention = self._bind().attention
         pieces = pieces_of(rows, len(self._found.sums), self.config.vocab_size)
 
@@ -546,9 +634,8 @@ class CudaRunner:
 
         def work() -> None:
             attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
-            self._decoder.prefill_scored(
-                tokens, positions, kv_slots, attend, last, [piece.tokens for piece in pieces], take
-            )
+            spans = [piece.tokens for piece in pieces]
+            self._decoder.prefill_scored(tokens, positions, kv_slots, attend, last, spans, take, adapters)
             result.take_scores(len(targets), self._found)
 
         return work
@@ -571,10 +658,14 @@ class CudaRunner:
         """In place of what was captured before."""
         bound.upload.send((self._header([]),))  # captures run on padding alone
         bound.graphs.capture_all(on_progress)
+        if self._adapters is not None:
+            bound.adapted.capture_all(on_progress)
         bound.edited.capture_all(no_progress)
         if self.drafts is not None:
             bound.accepted.capture_all(no_progress)
         bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
+        if self._adapters is not None:
+            bound.adapted_chunk_steps[:] = self._capture_chunks(bound, adapter=0)
 
     def _time_steps(self, bound: PoolBinding) -> None:
         """What steps of each size take without context, for the budget of drafts."""
@@ -588,8 +679,9 @@ class CudaRunner:
             ended.wait()
             self.budget.measured(size, ended.since(begun) / TIMED_STEPS or 1.0)
 
-    def _capture_chunks(self, bound: PoolBinding) -> Iterator[CapturedChunks]:
-        """Small steps of prompts, whose launches would take the host longer than the GPU."""
+    def _capture_chunks(self, bound: PoolBinding, adapter: int | None = None) -> Iterator[CapturedChunks]:
+        """Small steps of prompts, whose launches would take the host longer than the GPU; for rows with adapters if one
+        is given."""
         tile, heads, width = bound.attention.tile, self._own.num_heads, bound.slots.tables.shape[1]
         if self._latents is not None:  # more slices are more launches, whether the context has them or not
             widest = self._latents.table_width(CHUNK_SEQUENCES, bound.block_tokens)
@@ -599,8 +691,10 @@ class CudaRunner:
             items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
             shape = ChunkShape(tokens, least, CHUNK_SEQUENCES, width, items)
             if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:
-                one = lay_out([Row([0], 0, [0], draw)], bound.block_tokens, heads, tile)
-                sent = bound.chunk_upload.send(shape.padded(one, bound.slots.padding))
+                row = Row([0], 0, [0], draw, adapter=adapter)
+                one = lay_out([row], bound.block_tokens, heads, tile)
+                padded = shape.padded(one, bound.slots.padding)
+                sent = bound.chunk_upload.send((*padded, *self._lay_out_adapters([row], 0, tokens)))
                 yield CapturedChunks(shape, self.queue.capture(self._prefill_body(sent)))
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:

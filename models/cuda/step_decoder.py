@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.pool import PagedPool
@@ -32,8 +33,15 @@ class StepDecoder(Protocol):
         """Inside, steps may leave out what launches only what others launch, and compute nothing of use."""
         ...
 
-    def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
-        """Logits [rows, vocab] of one new token a row."""
+    def decode(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of one new token a row; with the rows' adapters, which only some models take."""
         ...
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
@@ -51,6 +59,7 @@ class StepDecoder(Protocol):
         kv_slots: torch.Tensor,
         attend: Attend,
         drawn: torch.Tensor,
+        adapters: AdapterRows | None = None,
     ) -> None:
         """Logits of the tokens number `drawn` (int32) become `last_logits`; the other arrays are int32 [N]."""
         ...
@@ -64,6 +73,7 @@ class StepDecoder(Protocol):
         drawn: torch.Tensor,
         parts: Sequence[tuple[int, int]],
         take: Callable[[torch.Tensor, int], None],
+        adapters: AdapterRows | None = None,
     ) -> None:
         """As `prefill`; before, `take` gets the logits behind tokens begin .. end - 1 of each part, and its number.
 

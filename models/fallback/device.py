@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.kv_write import kv_write
@@ -82,7 +83,14 @@ class DeviceFallback:
     def abridged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
+    def decode(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> torch.Tensor:
         """Without early launches, whatever pdl: the library's kernels between these do not wait for the one before."""
         attend = self.attend_rows(inputs, plan, scratch, False)
         logits = self._forward(inputs.tokens, inputs.positions, inputs.kv_slots, attend, None)
@@ -101,6 +109,7 @@ class DeviceFallback:
         kv_slots: torch.Tensor,
         attend: Attend,
         drawn: torch.Tensor,
+        adapters: AdapterRows | None = None,
     ) -> None:
         self._keep(self._forward(tokens, positions, kv_slots, attend, drawn))
 
@@ -113,6 +122,7 @@ class DeviceFallback:
         drawn: torch.Tensor,
         parts: Sequence[tuple[int, int]],
         take: Callable[[torch.Tensor, int], None],
+        adapters: AdapterRows | None = None,
     ) -> None:
         ranges = [torch.arange(begin, end, dtype=drawn.dtype, device=drawn.device) for begin, end in parts]
         logits = self._forward(tokens, positions, kv_slots, attend, torch.cat((*ranges, drawn)))

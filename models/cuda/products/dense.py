@@ -14,9 +14,13 @@ from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
-from baton.kernels.triton.linear_policy import ProductShape
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.low_rank import AddedProduct, expand
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, shape_of
 from baton.node.errors import InvariantBroken
+
+ADDING_ROWS = 64
+"""Tiles of more rows leave no registers for what adapters add, and have it added behind the product."""
 
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
@@ -38,16 +42,26 @@ class DenseProducts:
         self._wide = torch.empty((max_rows + PADDING) * 2 * inner, dtype=dtype, device=device)
         self._by_gluon = _gluon_product(dtype, device)
 
-    def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
-        """x W^T + b, [M, N]: `out`, or float32 parts of it [splits, M, N] which the reader sums; x is [M, K]."""
+    def __call__(
+        self, weights: Linear, x: torch.Tensor, out: torch.Tensor, added: AddedProduct | None = None, *, pdl: bool
+    ) -> torch.Tensor:
+        """x W^T + b, [M, N]: `out`, or float32 parts of it [splits, M, N] which the reader sums; x is [M, K]. added:
+        what adapters add to it."""
         m, shape = x.shape[0], shape_of(weights)
         tiles = self._policy(m, shape)
         if tiles is None:
             self._plain(weights, x, out)
-            return out
-        if tiles.splits > 1:
-            out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
-        linear(x, _dense(weights), weights.bias, tiles, out, pdl=pdl)
+        else:
+            if tiles.splits > 1:
+                out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
+            inside = added if tiles.splits == 1 or tiles.tile_m <= ADDING_ROWS else None
+            if inside is not None:
+                tiles = _within_parts(tiles, inside)
+            linear(x, _dense(weights), weights.bias, tiles, out, added=inside, pdl=pdl)
+            if inside is not None:
+                return out
+        if added is not None:
+            expand(added, out, pdl=pdl and tiles is not None)
         return out
 
     def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
@@ -58,26 +72,36 @@ class DenseProducts:
         else:
             linear(x, _dense(weights), weights.bias, replace(tiles, splits=1), out, pdl=pdl)
 
-    def gelu_gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> bool:
+    def gelu_gated(
+        self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, added: AddedProduct | None = None, *, pdl: bool
+    ) -> bool:
         """out [M, inner] = gelu_tanh(gate) * up, where x W^T is [gate, up]; False where no table has the product."""
         tiles = None if gate_up.bias is not None else self._policy(x.shape[0], shape_of(gate_up, fused=True))
         if tiles is None:
             return False
-        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, pdl=pdl)
+        if added is not None:
+            tiles = _within_parts(tiles, added)
+        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, added=added, pdl=pdl)
         return True
 
-    def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
+    def gated(
+        self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, added: AddedProduct | None = None, *, pdl: bool
+    ) -> None:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
         m, shape = x.shape[0], shape_of(gate_up, fused=True)
         tiles = None if gate_up.bias is not None else self._policy(m, shape)
         if tiles is not None:
-            linear(x, _dense(gate_up), None, tiles, out, fused=True, pdl=pdl)
+            if added is not None:
+                tiles = _within_parts(tiles, added)
+            linear(x, _dense(gate_up), None, tiles, out, fused=True, added=added, pdl=pdl)
             return
-        if self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
+        if added is None and self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
             self._by_gluon(x, _dense(gate_up), out)
             return
         wide = self.wide(m, 2 * shape.outputs)
         self.whole(gate_up, x, wide, pdl=pdl)
+        if added is not None:
+            expand(added, wide, pdl=pdl)
         silu_and_mul(wide, out, pdl=pdl)
 
     def wide(self, num_rows: int, width: int) -> torch.Tensor:
@@ -96,6 +120,13 @@ def _dense(weights: Linear) -> torch.Tensor:
     if not isinstance(weights, DenseLinear):
         raise InvariantBroken(f"no kernel here reads a weight of the format {weights.weight_format}")
     return weights.weight
+
+
+def _within_parts(tiles: Tiles, added: AddedProduct) -> Tiles:
+    """Tiles of outputs that lie in one part each; all but tiny models have such in any case."""
+    sizes = (tiles.tile_n, tiles.tile_n // 2, tiles.tile_n // 4)
+    fits = (size for size in sizes if all(end % size == 0 for end in added.site.ends))
+    return replace(tiles, tile_n=next(fits, tiles.tile_n))
 
 
 def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:

@@ -9,9 +9,10 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import int4_policy
-from baton.kernels.triton.activation import gelu_tanh_and_mul
+from baton.kernels.triton.activation import gelu_tanh_and_mul, silu_and_mul
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.linear_policy import ProductShape
+from baton.kernels.triton.low_rank import AddedProduct, expand
 from baton.kernels.triton.quantise import CodedRows
 from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
@@ -68,8 +69,18 @@ class Products:
         products = self._scaled.get(reader.weight_format)
         return None if products is None else products.codes_for(reader, num_rows)
 
-    def __call__(self, weights: Linear, x: Rows, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
-        """As FormatProducts; x is what `codes_for` says."""
+    def __call__(
+        self, weights: Linear, x: Rows, out: torch.Tensor, added: AddedProduct | None = None, *, pdl: bool
+    ) -> torch.Tensor:
+        """As FormatProducts; x is what `codes_for` says, or plain. added: what adapters add."""
+        if weights.weight_format == DenseLinear.weight_format:
+            return self._dense(weights, plain(x), out, added, pdl=pdl)
+        found = self._alone(weights, x, out, pdl)
+        if added is not None:
+            expand(added, found, pdl=pdl)
+        return found
+
+    def _alone(self, weights: Linear, x: Rows, out: torch.Tensor, pdl: bool) -> torch.Tensor:
         if (products := self._scaled.get(weights.weight_format)) is not None:
             return products(weights, x, out, pdl=pdl)
         return self._by_format[weights.weight_format](weights, plain(x), out, pdl=pdl)
@@ -81,22 +92,52 @@ class Products:
         else:
             self._by_format[weights.weight_format].whole(weights, plain(x), out, pdl=pdl)
 
-    def gated(self, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear | None = None, *, pdl: bool) -> Rows:
-        """silu(gate) * up as `reader` multiplies it next: `out`, or codes. Without a reader always `out`."""
+    def gated(
+        self,
+        gate_up: Linear,
+        x: Rows,
+        out: torch.Tensor,
+        reader: Linear | None = None,
+        added: AddedProduct | None = None,
+        *,
+        pdl: bool,
+    ) -> Rows:
+        """silu(gate) * up as `reader` multiplies it next: `out`, or codes. Without a reader, and with what adapters
+        add, always `out`."""
+        if gate_up.weight_format == DenseLinear.weight_format:
+            self._dense.gated(gate_up, plain(x), out, added, pdl=pdl)
+            return out
+        if added is not None:
+            wide = self._dense.wide(len(out), gate_up.num_outputs)
+            self.whole(gate_up, x, wide, pdl=pdl)
+            expand(added, wide, pdl=pdl)
+            silu_and_mul(wide, out, pdl=pdl)
+            return out
         if (products := self._scaled.get(gate_up.weight_format)) is not None:
             return products.gated(gate_up, x, out, reader, pdl=pdl)
         self._by_format[gate_up.weight_format].gated(gate_up, plain(x), out, pdl=pdl)
         return out
 
     def gelu_gated(
-        self, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear, *, pdl: bool
+        self,
+        gate_up: Linear,
+        x: Rows,
+        wide: torch.Tensor,
+        out: torch.Tensor,
+        reader: Linear,
+        added: AddedProduct | None = None,
+        *,
+        pdl: bool,
     ) -> Rows:
-        """gelu_tanh(gate) * up as `reader` multiplies it next: `out`, or codes. wide: memory for gate and up."""
-        codes = self.codes_for(reader, len(out))
+        """gelu_tanh(gate) * up as `reader` multiplies it next: `out`, or codes; with what adapters add always `out`.
+        wide: memory for gate and up."""
+        codes = self.codes_for(reader, len(out)) if added is None else None
         dense = codes is None and gate_up.weight_format == DenseLinear.weight_format
-        if dense and self._dense.gelu_gated(gate_up, plain(x), out, pdl=pdl):
+        if dense and self._dense.gelu_gated(gate_up, plain(x), out, added, pdl=pdl):
             return out
         self.whole(gate_up, x, wide, pdl=pdl)
+        if added is not None:
+            expand(added, wide, pdl=pdl)
         gated = out if codes is None else codes
         gelu_tanh_and_mul(wide, gated, pdl=pdl)
         return gated

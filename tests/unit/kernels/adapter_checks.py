@@ -147,9 +147,7 @@ def check_linear_added(
         exact = F.silu(gate) * up
     shape, kind = ((rows, n), dtype) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
     out, alone = poison(shape, kind, device), poison(shape, kind, device)
-    linear.linear(
-        x, weight, None, tiles, out, fused=fused, added=added_to(adapters, x, of_rows, pdl=pdl), pdl=pdl
-    )
+    linear.linear(x, weight, None, tiles, out, fused=fused, added=added_to(adapters, x, of_rows, pdl=pdl), pdl=pdl)
     linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
     bound = 2 * max(error(exact.to(dtype), exact), 1e-5)

@@ -33,6 +33,8 @@ class Ahead:
         self.tables: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}
         self.in_flight: list = []
+        self.adapters: dict[int, int] = {}
+        """Slots of the runner's adapters, by slot of the sequence."""
 
     def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
         self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
@@ -52,7 +54,9 @@ class Ahead:
                 draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot], prediction)
                 drawing.append(slot)
             drafts = self.most_drafts if draw is not None and end - start == 1 and draw.num_generated else 0
-            rows.append(Row(known[start:end], start, self.tables[slot], draw, slot, most_drafts=drafts))
+            adapter = self.adapters.get(slot)
+            row = Row(known[start:end], start, self.tables[slot], draw, slot, most_drafts=drafts, adapter=adapter)
+            rows.append(row)
             self.computed[slot] = end
         launched = self.late.launch(rows)
         masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]

@@ -1,0 +1,112 @@
+"""What the steps of a GPU need of adapters: which row has which, and memory between the two halves of what they add.
+
+Rows that decode are grouped on the device by what it keeps for their slots, so that captured steps serve any adapters;
+rows of other steps by the host, which knows them. The adapters themselves are in `adapter_bank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
+from baton.kernels.triton.low_rank import FEW_ROWS, AddedProduct, shrink, splits_of
+from baton.kernels.triton.step_inputs import set_entries
+from baton.models.batch import Row
+from baton.models.cuda.adapter_bank import BankLayout, BankSlots
+from baton.models.cuda.queue import Queue, Upload, aligned
+
+NONE = -1
+"""In the place of a slot."""
+
+
+class AdapterSteps:
+    """For steps of up to most_tokens tokens, of which up to row_tokens are of rows that decode; one at a time."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        slots: BankSlots,
+        layout: BankLayout,
+        num_rows: int,
+        row_tokens: int,
+        most_tokens: int,
+        *,
+        deterministic: bool,
+    ) -> None:
+        """num_rows: sequences that run, each with a slot of its own."""
+        self._queue, self._slots, self._layout, self._deterministic = queue, slots, layout, deterministic
+        count, device = slots.num_slots, queue.device
+        self._table = torch.full((num_rows + 1,), NONE, dtype=torch.int32, device=device)
+        self._known = [NONE] * num_rows  # what the device has in its table
+        self._upload = Upload(queue, 2 * aligned(num_rows))
+        self._rows = AdapterRows.make(row_tokens, count, device)
+        self._kept = AdapterRows.make(row_tokens, count, device)
+        self._begins = torch.zeros(2 * row_tokens, dtype=torch.int32, device=device)
+        sites = {(site.inputs, slots.bank.rank_width(site)) for of_layer in layout.sites for site in of_layer.values()}
+        sizes = [
+            self._splits(k, rows) * rows * width
+            for k, width in sites
+            for rows in {min(FEW_ROWS, most_tokens), most_tokens}
+        ]
+        self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
+
+    def update(self, rows: Sequence[Row]) -> None:
+        """Enqueue what the device must know before a step in which these rows decode."""
+        changed = {row.slot: of_row for row in rows if self._known[row.slot] != (of_row := adapter_of(row))}
+        if not changed:
+            return
+        for slot, adapter in changed.items():
+            self._known[slot] = adapter
+        arrays = np.array(list(changed), dtype=np.int32), np.array(list(changed.values()), dtype=np.int32)
+        places, adapters = self._upload.send(arrays)
+        self._queue.enqueue(lambda: set_entries(self._table, places, adapters))
+
+    def group(self, slots: torch.Tensor) -> AdapterRows:
+        """Launches the grouping of tokens of sequences with these slots, int32 [N]."""
+        rows = self._rows.first(len(slots), self._slots.num_slots)
+        group_rows(slots, self._table, self._begins, rows)
+        return rows
+
+    def keep(self, rows: AdapterRows, kept: torch.Tensor) -> AdapterRows:
+        """Launches the grouping of some of the rows, by number, int32."""
+        fewer = self._kept.first(len(kept), self._slots.num_slots)
+        group_rows(kept, rows.adapters, self._begins, fewer)
+        return fewer
+
+    def lay_out(self, adapters: Sequence[int], counts: Sequence[int]) -> AdapterArrays:
+        """For a step of parts with these slots, or NONE, and so many tokens each."""
+        tokens, num_slots = np.repeat(np.array(adapters, dtype=np.int32), counts), self._slots.num_slots
+        return laid_out(tokens, most_items(len(tokens), num_slots), num_slots)
+
+    def capacity(self, num_tokens: int) -> int:
+        """Numbers that lay_out makes for so many tokens, at most."""
+        num_slots = self._slots.num_slots
+        return 2 * num_tokens + 4 * most_items(num_tokens, num_slots) + num_slots + 1
+
+    def added(self, layer: int, name: str, x: torch.Tensor, rows: AdapterRows, *, pdl: bool) -> AddedProduct | None:
+        """Launches the first half of what adapters add to a product of x [M, K], valid until the next call; None: the
+        model has no such product."""
+        site = self._layout.sites[layer].get(name)
+        if site is None:
+            return None
+        num_rows, width = len(x), self._slots.bank.rank_width(site)
+        splits = self._splits(site.inputs, num_rows)
+        hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
+        return shrink(x, self._slots.bank, site, rows, hidden, pdl=pdl)
+
+    def _splits(self, num_inputs: int, num_rows: int) -> int:
+        return splits_of(num_inputs, num_rows, deterministic=self._deterministic)
+
+
+def adapter_of(row: Row) -> int:
+    """Its slot, or NONE."""
+    return NONE if row.adapter is None else row.adapter
+
+
+def rows_of(sent: Sequence[torch.Tensor]) -> AdapterRows:
+    """Of the four arrays of lay_out on the device, flat."""
+    adapters, order, items, groups = sent
+    return AdapterRows(adapters, order, items.view(-1, 4), groups)

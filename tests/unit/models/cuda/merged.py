@@ -1,0 +1,76 @@
+"""Random adapters of a model, and the CPU's runner of the model with one of them in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from baton.kernels import DenseLinear, Linear
+from baton.models.adapters.adapter import PRODUCTS, Adapter, LayerAdapter, LowRank, Parts, adapted_products
+from baton.models.config import ModelConfig
+from baton.models.cpu.decoder import DenseDecoder
+from baton.models.cpu.runner import ModelRunner
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+
+SIZE = 0.7
+"""Of what an adapter adds, against the product: so that other tokens come of it."""
+
+
+def random_adapter(config: ModelConfig, ranks: Sequence[int], seed: int, without: Sequence[str] = ()) -> Adapter:
+    """ranks: of the parts of each product, in turn. without: products that it leaves alone; of the first of the others
+    the first part, too."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(rank: int, inputs: int, outputs: int) -> LowRank:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+        return LowRank(a / inputs**0.5, b * (SIZE / rank**0.5))
+
+    layers = []
+    for products in adapted_products(config):
+        made: dict[str, Parts] = {}
+        for name in PRODUCTS:
+            if name in products and name not in without:
+                product = products[name]
+                drawn = [part(ranks[i % len(ranks)], product.num_inputs, n) for i, n in enumerate(product.outputs)]
+                made[name] = tuple(drawn) if made or not without else (None, *drawn[1:])
+        layers.append(LayerAdapter(**made))
+    return Adapter(seed.to_bytes(32, "big"), tuple(layers))
+
+
+def merged(weights: Weights, adapter: Adapter) -> Weights:
+    """Plain weights of dense layers with W + b a in the place of W."""
+    layers = []
+    for layer, changes in zip(weights.layers, adapter.layers, strict=True):
+        attention, mlp = layer.attention, layer.mlp
+        assert isinstance(attention, AttentionWeights) and isinstance(mlp, DenseMlpWeights)
+        attention = replace(attention, qkv=_with(attention.qkv, changes.qkv), o=_with(attention.o, changes.o))
+        mlp = replace(mlp, gate_up=_with(mlp.gate_up, changes.gate_up), down=_with(mlp.down, changes.down))
+        changed: LayerWeights = replace(layer, attention=attention, mlp=mlp)
+        layers.append(changed)
+    return replace(weights, layers=tuple(layers))
+
+
+def _with(linear: Linear, parts: Parts) -> Linear:
+    assert isinstance(linear, DenseLinear)
+    if not parts:
+        return linear
+    weight = linear.weight.clone()
+    rest = linear.num_outputs - sum(len(part.b) for part in parts if part is not None)
+    begin = 0
+    for part in parts:
+        size = rest if part is None else len(part.b)
+        if part is not None:
+            weight[begin : begin + size] += part.b @ part.a
+        begin += size
+    return DenseLinear(weight, linear.bias)
+
+
+def merged_runner(config: ModelConfig, weights: Weights, adapter: Adapter | None, block_tokens: int) -> ModelRunner:
+    """On the CPU, in float32, over 48 blocks."""
+    runner = ModelRunner(
+        config, DenseDecoder(config, weights if adapter is None else merged(weights, adapter)), torch.float32
+    )
+    runner.bind_pool(torch.zeros(runner.kv_shape(48, block_tokens)))
+    return runner
