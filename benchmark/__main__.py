@@ -56,6 +56,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "quality": BenchmarkEntry("host.quality", "how far quantised weights and KV move a model's predictions, on texts"),
     "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
+    "lora": BenchmarkEntry("gpu.lora", "steps with adapters on a GPU, in turns with steps without"),
     "speculation": BenchmarkEntry("gpu.speculation", "steps with drafts on a GPU, in turns with steps without"),
     "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),
     "kv-formats": BenchmarkEntry("gpu.kv_formats", "attention over KV in bfloat16 and in FP8 on a GPU"),

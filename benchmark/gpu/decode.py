@@ -55,7 +55,11 @@ def blocks_for(context: int) -> int:
 class DecodeBatch:
     """One sequence a row; each reaches its context length in the last timed step."""
 
-    def __init__(self, contexts: Sequence[int], num_blocks: int, steps: int = WARM_STEPS + STEPS) -> None:
+    def __init__(
+        self, contexts: Sequence[int], num_blocks: int, steps: int = WARM_STEPS + STEPS, num_adapters: int = 0
+    ) -> None:
+        """num_adapters: above 0, rows have those of the first slots in turn."""
+        self._num_adapters = num_adapters
         blocks = iter(random.Random(0).sample(range(num_blocks), sum(map(blocks_for, contexts))))
         self._tables = [list(islice(blocks, blocks_for(context))) for context in contexts]
         self._starts = [context - steps for context in contexts]
@@ -64,7 +68,14 @@ class DecodeBatch:
     def rows(self) -> list[Row]:
         """The next step's; the first brings its tokens, the others continue."""
         rows = [
-            Row([1000 + slot] if self._given else [], start, table, Draw(GREEDY, (), 1, 1), slot)
+            Row(
+                [1000 + slot] if self._given else [],
+                start,
+                table,
+                Draw(GREEDY, (), 1, 1),
+                slot,
+                adapter=slot % self._num_adapters if self._num_adapters else None,
+            )
             for slot, (start, table) in enumerate(zip(self._starts, self._tables, strict=True))
         ]
         self._starts = [start + 1 for start in self._starts]

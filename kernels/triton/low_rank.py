@@ -107,7 +107,7 @@ def _shrink_kernel(
     first += (part * rank + first_r) * K + split * SHARE
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH:
+        if PREFETCH:  # noqa: SIM102 - known when compiling, the next one is not
             if works:
                 prefetch_rows(first, K, RANK_STEP, PREFETCH, 64)
         gdc_wait()

@@ -14,10 +14,10 @@ from itertools import accumulate
 import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
-from baton.models.adapters.adapter import PRODUCTS, Adapter, AdapterError, Parts, adapted_products
+from baton.models.adapters.adapter import PRODUCTS, Adapter, Parts, adapted_products
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
-from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.errors import AdapterError, InvariantBroken, SettingsError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,158 @@
+"""Adapters on a GPU: their kernels at the shapes of an 8B model, and steps that mix them, against merged weights.
+
+Run it in a separate process: tests/unit/models would then run on the GPU as well.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B
+from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner
+from baton.models.weights import load_weights
+from baton.node.modelhub import locate_model
+from baton.tests.gpu.test_runner import make, prompts, table
+from baton.tests.unit.kernels import adapter_checks as checks
+from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
+
+pytestmark = pytest.mark.gpu
+
+GPU, BF16 = "cuda", torch.bfloat16
+QKV_ENDS = (4096, 5120, 6144)
+RANKS = {16: [16, 0, 16, 16], 64: [64, 16, 32, 0]}
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 256, 1000])
+def test_rows_are_grouped(rows):
+    """Guards what one program of many warps writes for others of its threads."""
+    for num_slots in (1, 8, 64):
+        checks.check_group(checks.some_adapters(rows, num_slots, GPU, rows), num_slots)
+
+
+@pytest.mark.parametrize("max_rank", [16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_expand(rows, max_rank):
+    for dtype in (BF16, torch.float32):
+        checks.check_expand(GPU, dtype, rows, RANKS[max_rank], max_rank, 4096, QKV_ENDS, pdl=True)
+    checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 14336, (4096,))
+
+
+@pytest.mark.parametrize("max_rank", [16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_products_that_add(rows, max_rank):
+    """Guards the tables' tiles, alone and in a chain of early launches, and bits that no neighbour changes."""
+    for policy in (FASTEST, INVARIANT):
+        tiles = policy[min(size for size in policy if rows <= size)]
+        for shape, ends, fused in (
+            (QKV_8B, QKV_ENDS, False),
+            (O_8B, (4096,), False),
+            (GATE_UP_8B, (14336, 28672), True),
+        ):
+            checks.check_linear_added(
+                GPU, BF16, rows, RANKS[max_rank], max_rank, tiles[shape], ends, k=4096, fused=fused, pdl=True
+            )
+
+
+class Mixed:
+    """A runner of the demo model with three adapters in four slots."""
+
+    def __init__(self, dtype: torch.dtype, max_rows: int, **limits) -> None:
+        folder = locate_model("demo")
+        self.config = ModelConfig.from_folder(folder)
+        weights = load_weights(self.config, folder, dtype, "cuda:0", pack=False)
+        step_limits = StepLimits(max_rows, 2048, **{"adapter_slots": 4, "max_rank": 64, **limits})
+        self.runner = CudaRunner(self.config, weights, CudaQueue(0), step_limits, 640)
+        made = ([16], ()), ([8, 40, 3], ("down",)), ([64], ("qkv", "o"))
+        self.adapters = [
+            random_adapter(self.config, ranks, seed, without) for seed, (ranks, without) in enumerate(made)
+        ]
+        for slot in range(len(self.adapters)):
+            self.fill(slot, slot)
+        shape = (max_rows * 10 + 1, self.config.num_kv_heads, self.config.num_layers, 2, 64, self.config.head_dim)
+        self.runner.bind_pool(torch.zeros(shape, dtype=dtype, device="cuda:0"), 640)
+
+    def fill(self, slot: int, adapter: int) -> None:
+        filled = self.runner.adapters.fill(slot, self.runner.adapters.prepare(self.adapters[adapter]))
+        while not filled.done:
+            pass
+
+    def generate(
+        self, made: list[list[int]], named: dict[int, int], count: int, chunk: int, **params
+    ) -> list[list[int]]:
+        """As test_runner's; named: adapters by sequence."""
+        run, done = Ahead(self.runner), []
+        run.adapters = named
+        for slot, prompt in enumerate(made):
+            run.start(slot, prompt, table(slot), **{**params, "seed": slot + 1})
+            while run.computed[slot] < len(prompt):
+                run.launch([slot, *done[-3:]], chunk)
+            done.append(slot)
+        while any(len(run.known[slot]) < len(made[slot]) + count for slot in done):
+            run.launch(done)
+        return [run.generated(slot)[:count] for slot in done]
+
+
+@pytest.mark.parametrize("chunk", [100, 300])
+def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk):
+    """Guards the whole: captured steps, parts of prompts, and steps of both, in float32 against the CPU."""
+    mixed, made = Mixed(torch.float32, 8), prompts(7)
+    named = {slot: slot % 4 for slot in range(7) if slot % 4 < 3}
+    found = mixed.generate(made, named, 24, chunk)
+    plain = load_weights(mixed.config, locate_model("demo"), torch.float32, pack=False)
+    alone = {
+        each: merged_runner(mixed.config, plain, None if each is None else mixed.adapters[each], 16)
+        for each in (None, 0, 1, 2)
+    }
+    for slot, (prompt, tokens) in enumerate(zip(made, found, strict=True)):
+        assert tokens == one_after_the_other(alone[named.get(slot)], prompt, list(range(1, 41)), 24), slot
+
+
+def test_deterministic_tokens_do_not_depend_on_the_batch():
+    """Guards --deterministic with adapters: each sequence alone, in other chunks, with other neighbours, and without
+    slots at all where it has no adapter."""
+    made, chance = prompts(40, longest=590), random.Random(2)
+    mixed = Mixed(BF16, 40, deterministic=True)
+    named = {slot: chance.randrange(3) for slot in range(40) if slot % 5}
+    together = mixed.generate(made, named, 24, 96, temperature=0.8)
+    assert together == mixed.generate(made, named, 24, 256, temperature=0.8)
+    without = make(locate_model("demo"), BF16, max_rows=40, deterministic=True)
+    for slot in (0, 1, 2, 3, 15):
+        for runner in (mixed.runner, without) if slot not in named else (mixed.runner,):
+            run = Ahead(runner)
+            run.adapters = named
+            run.start(slot, made[slot], table(slot), temperature=0.8, seed=slot + 1)
+            while len(run.known[slot]) < len(made[slot]) + 24:
+                run.launch([slot], 77)
+            assert run.generated(slot)[:24] == together[slot], slot
+
+
+def test_slots_are_filled_beside_steps():
+    """Guards against a fill that steps of other slots see, and one that a step waits for."""
+    mixed, made = Mixed(BF16, 8, deterministic=True), prompts(6)
+    named = {slot: slot % 3 for slot in range(6)}
+    expected = mixed.generate(made, named, 40, 100)
+    images = [mixed.runner.adapters.prepare(adapter) for adapter in mixed.adapters]
+    launch, fills = mixed.runner.launch, []
+
+    def launch_and_fill(rows):
+        fills.append(mixed.runner.adapters.fill(3, images[len(fills) % 3]))
+        return launch(rows)
+
+    mixed.runner.launch = launch_and_fill
+    assert mixed.generate(made, named, 40, 100) == expected
+    mixed.runner.launch = launch
+    assert len(fills) > 40
+    while not fills[-1].done:
+        pass
+    last = (len(fills) - 1) % 3
+    again = mixed.generate([made[last]], {0: 3}, 40, 100)
+    assert again == mixed.generate([made[last]], {0: last}, 40, 100)
