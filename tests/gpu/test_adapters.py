@@ -66,7 +66,7 @@ class Mixed:
     """A runner of the demo model with three adapters in four slots."""
 
     def __init__(self, dtype: torch.dtype, max_rows: int, **limits) -> None:
-        folder = locate_model("demo")
+        folder, self.most_drafts = locate_model("demo"), limits.get("most_drafts", 0)
         self.config = ModelConfig.from_folder(folder)
         weights = load_weights(self.config, folder, dtype, "cuda:0", pack=False)
         step_limits = StepLimits(max_rows, 2048, **{"adapter_slots": 4, "max_rank": 64, **limits})
@@ -89,7 +89,7 @@ class Mixed:
         self, made: list[list[int]], named: dict[int, int], count: int, chunk: int, **params
     ) -> list[list[int]]:
         """As test_runner's; named: adapters by sequence."""
-        run, done = Ahead(self.runner), []
+        run, done = Ahead(self.runner, self.most_drafts), []
         run.adapters = named
         for slot, prompt in enumerate(made):
             run.start(slot, prompt, table(slot), **{**params, "seed": slot + 1})
@@ -101,10 +101,10 @@ class Mixed:
         return [run.generated(slot)[:count] for slot in done]
 
 
-@pytest.mark.parametrize("chunk", [100, 300])
-def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk):
-    """Guards the whole: captured steps, parts of prompts, and steps of both, in float32 against the CPU."""
-    mixed, made = Mixed(torch.float32, 8), prompts(7)
+@pytest.mark.parametrize(("chunk", "drafts"), [(100, 0), (300, 4)])
+def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, drafts):
+    """Guards the whole: captured steps, parts of prompts, steps of both, and drafts, in float32 against the CPU."""
+    mixed, made = Mixed(torch.float32, 8, most_drafts=drafts), prompts(7)
     named = {slot: slot % 4 for slot in range(7) if slot % 4 < 3}
     found = mixed.generate(made, named, 24, chunk)
     plain = load_weights(mixed.config, locate_model("demo"), torch.float32, pack=False)

@@ -120,7 +120,7 @@ def check_expand(
     out = before.clone()
     low_rank.expand(added_to(adapters, x, of_rows, pdl=pdl), out, pdl=pdl)
     exact = before.double() + adapters.delta(x, of_rows)
-    assert error(out, exact) <= 2 * max(error(exact.to(dtype), exact), 1e-6)
+    assert error(out, exact) <= 4 * max(error(exact.to(dtype), exact), 1e-6)
     assert torch.equal(out[of_rows < 0], before[of_rows < 0])
 
 
@@ -150,7 +150,7 @@ def check_linear_added(
     linear.linear(x, weight, None, tiles, out, fused=fused, added=added_to(adapters, x, of_rows, pdl=pdl), pdl=pdl)
     linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
-    bound = 2 * max(error(exact.to(dtype), exact), 1e-5)
+    bound = 4 * max(error(exact.to(dtype), exact), 1e-5)  # of dtype is what lies between the two halves, too
     assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"
     base = of_rows < 0
     assert torch.equal(out[..., base, :], alone[..., base, :])

@@ -9,8 +9,7 @@ from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import adapter_checks as checks
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40, 130])
-@pytest.mark.parametrize("num_slots", [1, 3, 64])
+@pytest.mark.parametrize(("rows", "num_slots"), [(1, 1), (5, 64), (40, 3), (130, 64)])
 def test_rows_are_grouped(device, rows, num_slots):
     """Guards against a row that no item or two items have, and items that a step before left."""
     checks.check_group(checks.some_adapters(rows, num_slots, device, rows), num_slots)
@@ -22,23 +21,29 @@ def test_rows_of_one_adapter_and_of_none(device):
         checks.check_group(torch.full((37,), slot, dtype=torch.int32, device=device), 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "ranks"), [(1, [16]), (20, [16, 0, 32]), (33, [32, 16])])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "ranks"),
+    [(torch.float32, 20, [16, 0, 32]), (torch.bfloat16, 1, [16]), (torch.bfloat16, 33, [32, 16])],
+)
 def test_expand_adds_to_a_product(device, dtype, rows, ranks):
     """Guards against another adapter's matrices, ranks below the largest, and parts that read another's ranks."""
     checks.check_expand(device, dtype, rows, ranks, 32, 128, (64, 80, 96))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 5), (Tiles(32, 64, 16, 3, 2), 20), (Tiles(2, 64, 0, 1, 1), 1)]
+    ("dtype", "tiles", "rows"),
+    [
+        (torch.float32, Tiles(32, 64, 16, 3, 1), 5),
+        (torch.bfloat16, Tiles(32, 64, 16, 3, 2), 20),
+        (torch.bfloat16, Tiles(8, 64, 0, 1, 1), 1),
+    ],
 )
 def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows):
     """Guards against a split that adds it again, and rows whose bits depend on their neighbours."""
-    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128))
+    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128)
 
 
-@pytest.mark.parametrize(("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 9), (Tiles(2, 64, 0, 1, 1), 1)])
+@pytest.mark.parametrize(("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 9), (Tiles(8, 64, 0, 1, 1), 1)])
 def test_a_product_of_gate_and_up(device, tiles, rows):
     """Guards against gate's matrices for up, and what is added behind the activation."""
-    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), fused=True)
+    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True)

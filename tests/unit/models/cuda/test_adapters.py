@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda.adapter_bank import BankLayout, BankSlots
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import fastest, invariant
+from baton.models.cuda.products import Policy, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.node.errors import AdapterError
@@ -19,7 +24,6 @@ from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
-from baton.tests.unit.models.cuda.test_runner import split_in_two
 
 BLOCK = 16
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
@@ -31,12 +35,12 @@ NAMED = {0: 1, 2: 0}
 class Served:
     """A runner with adapters in its slots, and the CPU's with each in its weights."""
 
-    def __init__(self, folder, policy=fastest, **limits) -> None:
+    def __init__(self, folder: Path, policy: Policy, **limits) -> None:
         self.config = ModelConfig.from_folder(folder)
         weights = load_weights(self.config, folder, torch.float32, pack=False)
-        step_limits = StepLimits(3, 64, **{"adapter_slots": 2, "max_rank": 32, **limits})
+        step_limits = StepLimits(3, 64, **{"adapter_slots": 2, "max_rank": 16, **limits})
         self.late = CudaRunner(self.config, weights, LateQueue(), step_limits, 512, policy)
-        adapters = [random_adapter(self.config, [20], 1), random_adapter(self.config, [8, 3], 2, without=["down"])]
+        adapters = [random_adapter(self.config, [12], 1), random_adapter(self.config, [8, 3], 2, without=["down"])]
         for slot, adapter in enumerate(adapters):
             assert self.late.adapters.fill(slot, self.late.adapters.prepare(adapter)).done
         plain = merged_runner(self.config, weights, None, BLOCK)
@@ -50,56 +54,58 @@ class Served:
         return one_after_the_other(self.by_adapter[NAMED.get(slot)], PROMPTS[slot], TABLES[slot], count)
 
 
-def test_logits_of_mixed_prompts_equal_those_of_merged_weights(make_model):
-    """Guards every product's part of a slot, other ranks in one product, parts that are left alone, and the rows that
-    are left behind the last layer's attention. The family has a gate of its own and one head of keys."""
-    served = Served(make_model("gemma2", num_hidden_layers=2).folder)
+@pytest.fixture
+def served(make_model) -> Served:
+    """A family with a gate of its own and one head of keys; sums are in parts, as by the tables of large models."""
+    folder = make_model("gemma2", num_hidden_layers=2, vocab_size=160).folder
+    return Served(folder, in_two, mixed_tokens=4)
+
+
+def in_two(num_rows: int, shape: ProductShape) -> Tiles:
+    """Tiles as large as fit, and two parts of sums."""
+    tiles = untuned(num_rows, shape)
+    return tiles if shape.fused or shape.inputs % 32 else replace(tiles, tile_k=16, splits=2)
+
+
+def test_logits_and_tokens_of_mixed_batches_equal_those_of_merged_weights(served):
+    """Guards every product's part of a slot, other ranks in one product, parts that are left alone, rows that are left
+    behind the last layer's attention; grouping on the device, captured steps, steps of rows and prompts in one pass,
+    and a slot of sequences that another takes over."""
     draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
     rows = [Row(PROMPTS[slot], 0, TABLES[slot], draw, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
     found = served.late.logits(rows)
     for slot, row in enumerate(rows):
         exact = served.by_adapter[row.adapter].compute([row._replace(adapter=None)])[1]
         torch.testing.assert_close(found[slot : slot + 1], exact, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("policy", "run_ahead", "mixed_tokens", "most_drafts"),
-    [(split_in_two, 1, 1, 0), (invariant, 0, 64, 0), (fastest, 1, 64, 2)],
-    ids=["split one pass", "deterministic two launches", "drafts"],
-)
-def test_tokens_of_mixed_batches_equal_those_alone(make_model, policy, run_ahead, mixed_tokens, most_drafts):
-    """Guards grouping on the device, captured steps, and a slot of sequences that another takes over."""
-    limits = {"run_ahead": run_ahead, "mixed_tokens": mixed_tokens, "most_drafts": most_drafts}
-    folder = make_model("llama", num_hidden_layers=2, vocab_size=160).folder
-    served = Served(folder, policy, **limits)
-    run = Ahead(served.late, most_drafts)
+    run = Ahead(served.late)
+    run.adapters = NAMED
     for slot, prompt in PROMPTS.items():
-        run.adapters = NAMED
         run.start(slot, prompt, TABLES[slot])
         while run.computed[slot] < len(prompt):
             run.launch([*range(slot), slot], 9)
-    for _ in range(6):
-        run.launch(list(PROMPTS))
-    for slot in PROMPTS:
-        assert run.generated(slot)[:6] == served.expected(slot, 6), slot
-    # The sequence's slot now has one without an adapter.
-    run.adapters = {}
+    run.launch(list(PROMPTS))
+    run.launch(list(PROMPTS))
+    assert [run.generated(slot)[:3] for slot in PROMPTS] == [served.expected(slot, 3) for slot in PROMPTS]
+    run.adapters = {1: 0}  # the sequences' slots have others now
     run.start(0, PROMPTS[1], TABLES[0])
-    for _ in range(4):
-        run.launch([0])
-    assert run.generated(0)[:3] == one_after_the_other(served.by_adapter[None], PROMPTS[1], TABLES[0], 3)
+    run.start(1, PROMPTS[2], TABLES[1])
+    for _ in range(2):
+        run.launch([0, 1])
+    alone = one_after_the_other
+    assert run.generated(0)[:2] == alone(served.by_adapter[None], PROMPTS[1], TABLES[0], 2)
+    assert run.generated(1)[:2] == alone(served.by_adapter[0], PROMPTS[2], TABLES[1], 2)
 
 
 def test_adapters_that_no_kernel_runs_are_refused(make_model):
     """Guards against an adapter of which a part is left out."""
-    served = Served(make_model("llama", num_hidden_layers=1).folder)
-    prepare, layers = served.late.adapters.prepare, (LayerAdapter(),)
+    config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
+    prepare = BankSlots(BankLayout.of(config), 2, 32, torch.bfloat16, LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
     with pytest.raises(AdapterError, match="head"):
-        prepare(Adapter(b"", layers, lm_head=(pair,)))
+        prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
-        prepare(random_adapter(served.config, [48], 1))
-    broken = random_adapter(served.config, [4], 1)
+        prepare(random_adapter(config, [48], 1))
+    broken = random_adapter(config, [4], 1)
     broken.layers[0].o[0].b[0, 0] = float("inf")
     with pytest.raises(AdapterError, match="not finite"):
         prepare(broken)
