@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from baton.node.errors import SettingsError
+
 GIB = 1 << 30
 QUERY_TIMEOUT_S = 60.0
 USABLE = 0.9
@@ -34,27 +36,46 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a worker runs: number of the GPU, and the share of its memory that the worker may use."""
+    """Where a worker runs: number of its first GPU, and the share of each GPU's memory that the worker may use."""
 
     gpu: int
     share: float
+    ranks: int = 1
+    """On so many GPUs from that one on."""
+
+    @property
+    def gpus(self) -> range:
+        return range(self.gpu, self.gpu + self.ranks)
 
 
-def place(workers: Sequence[str], gpus: Sequence[int]) -> dict[str, Placement]:
-    """Workers take `gpus` in turn; those on one GPU get equal shares of its memory. No GPUs: no placements."""
+def place(workers: Mapping[str, int], gpus: Sequence[int]) -> dict[str, Placement]:
+    """Workers, of so many ranks each, take `gpus` in turn, a rank each; those on one GPU get equal shares of its
+    memory. No GPUs: no placements. SettingsError if a worker has more ranks, or its GPUs do not follow one another."""
     if not gpus:
         return {}
-    chosen = {worker: gpus[number % len(gpus)] for number, worker in enumerate(workers)}
-    workers_on = Counter(chosen.values())
-    return {worker: Placement(gpu, int(USABLE / workers_on[gpu] * 10_000) / 10_000) for worker, gpu in chosen.items()}
+    chosen: dict[str, Sequence[int]] = {}
+    place = 0
+    for worker, ranks in workers.items():
+        if ranks > 1 and place % len(gpus) + ranks > len(gpus):
+            place = 0  # from the first on, once more
+        taken = [gpus[(place + rank) % len(gpus)] for rank in range(ranks)]
+        if taken != list(range(taken[0], taken[0] + ranks)):
+            known = " ".join(map(str, gpus))
+            raise SettingsError(f"--tp {ranks}: needs {ranks} GPUs whose numbers follow one another, of GPUs {known}")
+        chosen[worker], place = taken, place + ranks
+    ranks_on = Counter(gpu for taken in chosen.values() for gpu in taken)
+    return {
+        worker: Placement(taken[0], min(int(USABLE / ranks_on[gpu] * 10_000) / 10_000 for gpu in taken), len(taken))
+        for worker, taken in chosen.items()
+    }
 
 
 def describe(placements: Mapping[str, Placement], gpus: Sequence[Gpu], sized_by_user: bool) -> list[str]:
     """A line for each GPU in use, with the share of each of its workers."""
     lines = []
-    for number in sorted({placement.gpu for placement in placements.values()}):
+    for number in sorted({gpu for placement in placements.values() for gpu in placement.gpus}):
         known = gpus[number] if number < len(gpus) else None
-        workers = {worker: placement for worker, placement in placements.items() if placement.gpu == number}
+        workers = {worker: placement for worker, placement in placements.items() if number in placement.gpus}
         parts = [_share(worker, placement.share, known, sized_by_user) for worker, placement in workers.items()]
         title = f"GPU {number} ({known.name}, {known.total_bytes / GIB:.1f} GiB)" if known else f"GPU {number}"
         lines.append(f"{title}: {', '.join(parts)}{'; memory as in the arguments of the workers' * sized_by_user}")

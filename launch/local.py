@@ -58,7 +58,7 @@ class ServeSettings(ApiSettings):
     tp: int = option(
         1,
         unit="ranks",
-        help="tensor parallel size of each worker: processes that share the model, 1, 2, 4 or 8; on CPUs only so far",
+        help="tensor parallel size of each worker: processes that share the model, 1, 2, 4 or 8; on a GPU each",
         minimum=1,
         maximum=8,
     )
@@ -177,13 +177,10 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
             "this torch is a build for CPUs; leave the option out to serve on the CPU"
         )
     gpus = settings.gpus or tuple(range(num_visible))
-    most_ranks = max((settings.ranks_of(role) for role, _ in worker_names(settings)), default=1)
-    if gpus and settings.device != "cpu" and most_ranks > 1:
-        raise SettingsError(f"--tp {most_ranks}: the ranks of a worker compute on CPUs only so far; add --device cpu")
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
-    names = [name for _, name in worker_names(settings)]
-    return place(names, gpus if settings.device != "cpu" else ())
+    workers = {name: settings.ranks_of(role) for role, name in worker_names(settings)}
+    return place(workers, gpus if settings.device != "cpu" else ())
 
 
 def plan_nodes(

@@ -27,8 +27,8 @@ from baton.models.config import ModelConfig
 from baton.models.layer_weights import ExpertsWeights, Weights
 from baton.models.layers import ExpertsMlp
 from baton.models.partition import WHOLE, Rank
-from baton.models.places import WeightPlace
-from baton.models.quantization.layouts import QuantizedSource
+from baton.models.places import JoinedPlaces, ScaledPlace, WeightPlace
+from baton.models.quantization.layouts import CODES, QuantizedSource
 from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.rounding import form_of, quantise
 from baton.models.quantization.weight import QuantizedWeight
@@ -155,6 +155,7 @@ def _with_room(
         device_bytes = torch.cuda.mem_get_info(device)[1]
     else:
         device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed_bytes *= rank.count  # all ranks are on this host; a GPU has one
     if needed_bytes > device_bytes:
         raise SettingsError(
             f"weights as config.json describes them take {needed_bytes / GIB:.1f} GiB, and this "
@@ -173,12 +174,20 @@ def _fill_from_files(
     for done, (name, tensors) in enumerate(read_sources(checkpoint, sources), start=1):
         source, place = sources[name], places[name]
         if isinstance(source, QuantizedSource):
-            place.fill(source.read({role: tensor.to(place.device) for role, tensor in tensors.items()}))
+            place.fill(source.read(_moved(tensors, place)))
         elif name in recipes:
             place.fill(_quantised(tensors[PLAIN], recipes[name], place.device, checkpoint.folder / name))
         else:
             place.fill(tensors[PLAIN])
         on_progress(done, len(places))
+
+
+def _moved(tensors: Mapping[str, torch.Tensor], place: WeightPlace) -> dict[str, torch.Tensor]:
+    """The tensors of a quantised weight on the place's device. Codes that a place takes a part of as they are stay in
+    the file's pages, of which no more is read than that part."""
+    parts = place.places if isinstance(place, JoinedPlaces) else (place,)
+    stays = CODES if all(isinstance(part, ScaledPlace) for part in parts) else None
+    return {role: tensor if role == stays else tensor.to(place.device) for role, tensor in tensors.items()}
 
 
 def _quantised(tensor: torch.Tensor, recipe: Recipe, device: torch.device, where: Path) -> QuantizedWeight:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -86,7 +87,9 @@ def load_model(
     if device == "cpu":
         return _load_on_cpu(settings, sizes, folder, draft)
     if settings.tp > 1:
-        raise SettingsError(f"--tp {settings.tp}: the ranks of a worker compute on CPUs only: --device cpu, or --tp 1")
+        from baton.worker.build_ranks import load_ranks_on_cuda
+
+        return load_ranks_on_cuda(settings, sizes, role, folder)
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder, draft)
@@ -160,7 +163,9 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, dra
         return _load_rank(settings, sizes, folder, NO_PEERS, NO_RANKS, draft)
     config = model_config(folder)
     check_partition(config, settings.tp)
-    group = _start_ranks(settings, folder, config.vocab_size)
+    if settings.threads is None:  # torch's choice is all cores for each process
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.tp)))
+    group = RankGroup(settings.tp, partial(rank_start, settings, folder, config.vocab_size))
     try:
         return _load_rank(settings, sizes, folder, group.peers(config.vocab_size), group)
     except BaseException:
@@ -168,31 +173,27 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, dra
         raise
 
 
-def _start_ranks(settings: WorkerSettings, folder: Path, vocab_size: int) -> RankGroup:
-    """The ranks from 1 on, which load their parts while this process loads that of rank 0."""
-    if settings.threads is None:  # torch's choice is all cores for each process
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.tp)))
-
-    def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
-        return RankStart(
-            index=index,
-            count=settings.tp,
-            starter_pid=os.getpid(),
-            name=f"{settings.worker_id or 'worker'}/{index}",
-            log_level=settings.log_level,
-            peer_fds=fds,
-            memory=memory,
-            vocab_size=vocab_size,
-            folder=str(folder),
-            dtype=settings.dtype,
-            kv_dtype=settings.kv_dtype,
-            load_format=settings.load_format,
-            quantization=settings.quantization,
-            max_model_len=settings.max_model_len,
-            threads=torch.get_num_threads(),
-        )
-
-    return RankGroup(settings.tp, start)
+def rank_start(
+    settings: WorkerSettings, folder: Path, vocab_size: int, index: int, fds: dict[int, int], memory: SharedBytes
+) -> RankStart:
+    """Describes a rank from 1 on, which loads its part while this process loads that of rank 0."""
+    return RankStart(
+        index=index,
+        count=settings.tp,
+        starter_pid=os.getpid(),
+        name=f"{settings.worker_id or 'worker'}/{index}",
+        log_level=settings.log_level,
+        peer_fds=fds,
+        memory=memory,
+        vocab_size=vocab_size,
+        folder=str(folder),
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
+        load_format=settings.load_format,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _load_rank(

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from baton.kvtransfer.blocks.device_copies import DeviceCopies
-from baton.kvtransfer.blocks.device_pool import DevicePool
+from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory
 from baton.kvtransfer.blocks.digest import SumsBehind
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
+from baton.kvtransfer.reshard import Cut
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -79,7 +81,11 @@ def load_on_cuda(
         raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
-        return device_planes(pool.memory, context, identity, host, names=names, warm=role != "decode")
+        made = device_planes(pool.memory, context, identity, host, names=names, warm=role != "decode")
+        if "cuda_ipc" in names:  # for workers of several ranks
+            ends = device_planes(UnitMemory(pool.memory), context, rank_name(identity, 0), host, names=("cuda_ipc",))
+            made.append(ShardedPlane(Cut.even(layout.num_units, 1, layout.num_layers), pool.num_blocks, ends))
+        return made
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
     copies = DeviceCopies(pool.memory) if settings.store else None

@@ -79,7 +79,7 @@ class WorkerSettings:
     tp: int = option(
         1,
         unit="ranks",
-        help="tensor parallel size: processes that share the model, 1, 2, 4 or 8; on CPUs only so far",
+        help="tensor parallel size: processes that share the model, 1, 2, 4 or 8; on GPUs one each, from --gpu on",
         minimum=1,
         maximum=8,
     )

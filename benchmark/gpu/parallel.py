@@ -10,6 +10,7 @@ decode steps as `bench decode` has them, with what ranks exchange and, on one GP
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -70,7 +71,11 @@ VOCABULARY = 128256
 
 def norm_memory(rank: Rank, gpu: int) -> GroupMemory:
     rows = max(NORM_ROWS)
-    inboxes = InboxShape(rows, NORM_WIDTH, torch.int32), InboxShape(1, 1, torch.int64), InboxShape(1, 4, torch.int32)
+    inboxes = (
+        InboxShape(rows, NORM_WIDTH, torch.int32, sums=True),
+        InboxShape(1, 1, torch.int64),
+        InboxShape(1, 4, torch.int32),
+    )
     return GroupMemory(RankMemory(rank, inboxes), gpu)
 
 
@@ -88,6 +93,9 @@ class RankSteps:
 
     def __init__(self, shape: str, rank: Rank, gpu: int, quantization: str, cells: str) -> None:
         torch.cuda.set_device(gpu)
+        gc.collect()  # what was before
+        torch.cuda.empty_cache()
+        before_bytes = torch.cuda.memory_allocated(gpu)
         self.config, self.rank, self.gpu = ModelConfig.from_folder(SHAPES / shape), rank, gpu
         self._cells = {name: contexts_of(name) for name in cells.split(",")}
         rows, self._longest = max(map(len, self._cells.values())), max(map(max, self._cells.values())) + 1
@@ -108,7 +116,7 @@ class RankSteps:
         )
         torch.cuda.synchronize()
         self.start = {
-            "weights_gib": round(torch.cuda.memory_allocated(gpu) / GIB, 2),
+            "weights_gib": round((torch.cuda.memory_allocated(gpu) - before_bytes) / GIB, 2),
             "weights_s": round(time.monotonic() - began_at, 2),
         }
         self._pool = random_pool(part_of(self.config, rank), self._num_blocks, device=device)

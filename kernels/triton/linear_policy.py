@@ -1,6 +1,7 @@
-"""Which kernel does a product y = x W^T of a shape, and how it is cut: measured, a table and no rule.
+"""Which kernel does a product y = x W^T of a shape, and how it is cut: measured, by tables, and for one row of x, where
+no table has a large shape (a rank's part of a model, mostly), by a rule that is taken from the tables.
 
-A shape or a number of rows that is not in the tables of few rows is cuBLAS's (None), or where `gated_by_gluon` says so
+A shape or a number of rows that is in none of them is cuBLAS's (None), or where `gated_by_gluon` says so
 product_gluon's. Pure data; imports nothing.
 """
 
@@ -70,9 +71,14 @@ LIKE: dict[ProductShape, ProductShape] = {
     ProductShape(2048, 4096): O_8B,
     ProductShape(151936, 2048): HEAD_8B,
     ProductShape(32000, 4096): HEAD_8B,
+    ProductShape(3072, 4096): QKV_8B,
+    ProductShape(4096, 2048): O_8B,
+    ProductShape(7168, 4096, fused=True): GATE_UP_8B,
+    ProductShape(4096, 7168): DOWN_8B,
+    ProductShape(64128, 4096): HEAD_8B,
 }
-"""Shapes of Qwen3-8B, of Qwen3-30B-A3B and Mixtral-8x7B, which take the tiles of those beside them, unless a table has
-tiles of their own; the others are the same."""
+"""Shapes of Qwen3-8B, of Qwen3-30B-A3B, of Mixtral-8x7B and of one of two ranks of Llama-3.1-8B, which take the tiles
+of those beside them, unless a table has tiles of their own; the others are the same."""
 
 # Measured on an H200 (docs/benchmarks/kernels.md). By the largest number of rows, then by shape.
 FASTEST: dict[int, dict[ProductShape, Tiles]] = {
@@ -169,7 +175,7 @@ GATED_BY_GLUON: dict[ProductShape, int] = {GATE_UP_8B: 1024}
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The fastest way for num_rows rows of x; None: cuBLAS."""
-    return _look_up(FASTEST, num_rows, shape)
+    return _look_up(FASTEST, num_rows, shape) or (_one_row(shape) if num_rows == 1 else None)
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -185,4 +191,27 @@ def gated_by_gluon(num_rows: int, shape: ProductShape) -> bool:
 
 def _look_up(table: dict[int, dict[ProductShape, Tiles]], num_rows: int, shape: ProductShape) -> Tiles | None:
     bucket = next((rows for rows in sorted(table) if num_rows <= rows), None)
-    return None if bucket is None else table[bucket].get(shape) or table[bucket].get(LIKE.get(shape, shape))
+    if bucket is None:
+        return None
+    own, like = table[bucket].get(shape), table[bucket].get(LIKE.get(shape, shape))
+    return own or (like if like is not None and _fits(like, shape) else None)
+
+
+def _fits(tiles: Tiles, shape: ProductShape) -> bool:
+    return shape.outputs % tiles.tile_n == 0 and shape.inputs % (tiles.tile_k * tiles.splits) == 0
+
+
+LEAST_INPUTS, LEAST_ELEMENTS = 1024, 1 << 21
+"""Of a weight that the rule is for."""
+
+
+def _one_row(shape: ProductShape) -> Tiles | None:
+    """A program reads 2,048 columns of two rows of W at a time, or as many numbers where these do not divide K."""
+    if shape.inputs < LEAST_INPUTS or shape.outputs * shape.inputs < LEAST_ELEMENTS:
+        return None
+    tile_k = next((size for size in (2048, 1024, 512) if shape.inputs % size == 0), None)
+    if tile_k is None:
+        return None
+    tile_n = 2 * 2048 // tile_k
+    tiles = Tiles(tile_n, tile_k, 0, 1, 1, 8 if tile_n > 4 else 4)
+    return tiles if _fits(tiles, shape) else None

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
-from baton.kernels.triton.rank_words import RankInbox, give_up, sum_over_ranks
+from baton.kernels.triton.rank_words import Phase, RankInbox, give_up, sum_over_ranks
 from baton.kernels.triton.routed_sum import RoutedSum, routed_sum
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
@@ -63,7 +63,9 @@ def _norm_kernel(
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_WIDTH: tl.constexpr,
+    PIECE_BLOCK: tl.constexpr,
     SENDS: tl.constexpr,
+    ADDS: tl.constexpr,
     TAKES: tl.constexpr,
     CLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -90,7 +92,7 @@ def _norm_kernel(
     if RANKS > 1:
         total = sum_over_ranks(
             total, tl.program_id(0), column, inside, targets_ptr, words_ptr, counters_ptr, lost_ptr, ROWS, ROW_WIDTH,
-            RANK, RANKS, SENDS, TAKES, CLOCK, LIMIT,
+            PIECE_BLOCK, RANK, RANKS, SENDS, ADDS, TAKES, CLOCK, LIMIT,
         )  # fmt: skip
     if TAKES:
         if OUTPUT_NORM:
@@ -165,7 +167,7 @@ def _launch(
     if ranks is not None:
         ranks.check(width, values.dtype if residual is None else residual.dtype)
 
-    def launch(first_row: int, count: int, sends: bool, takes: bool) -> None:
+    def launch(first_row: int, count: int, phase: Phase) -> None:
         _norm_kernel[(count,)](
             values if parts is None else parts,
             values if residual is None else residual,
@@ -200,16 +202,18 @@ def _launch(
             RANKS=1 if ranks is None else ranks.count,
             ROWS=1 if ranks is None else ranks.rows,
             ROW_WIDTH=1 if ranks is None else ranks.words.shape[3],
-            SENDS=sends,
-            TAKES=takes,
+            PIECE_BLOCK=triton.next_power_of_2(width // ranks.count) if ranks is not None and ranks.two_steps else 0,
+            SENDS=phase.sends,
+            ADDS=phase.adds,
+            TAKES=phase.takes,
             **({"CLOCK": False, "LIMIT": 0} if ranks is None else give_up(ranks.words)),
             **launch_options(WARPS, pdl),
         )
 
     if ranks is None:
-        launch(0, num_rows, False, True)
+        launch(0, num_rows, Phase(False, False, True))
         return
     for first_row in range(0, num_rows, ranks.rows):
-        for sends, takes in ranks.phases():
-            ranks.between(takes)
-            launch(first_row, min(ranks.rows, num_rows - first_row), sends, takes)
+        for phase in ranks.phases():
+            ranks.between(phase)
+            launch(first_row, min(ranks.rows, num_rows - first_row), phase)

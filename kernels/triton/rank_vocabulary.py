@@ -14,7 +14,6 @@ import triton.language as tl
 
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.rank_words import (
-    LATE,
     STALE,
     RankInbox,
     give_up,
@@ -22,6 +21,7 @@ from baton.kernels.triton.rank_words import (
     now,
     pack,
     send,
+    status_of,
     unpack,
 )
 
@@ -55,9 +55,7 @@ def best_over_ranks(
             word = tl.where(other == RANK, own, word)
             stale = (word & TOKEN_TAG) != (tag & TOKEN_TAG)
             polls += 1
-            late = (now(polls, CLOCK) - began > LIMIT) | (tl.load(lost_ptr, volatile=True) != 0)
-            status = tl.max(stale.to(tl.int32) * STALE + late.to(tl.int32) * LATE, 0)
-            status = tl.where(status == LATE, 0, status)
+            status = status_of(stale, polls, began, lost_ptr, CLOCK, LIMIT)
         if status > STALE:
             tl.store(lost_ptr, 1)
         tl.store(counters_ptr + row, tag)
@@ -89,8 +87,8 @@ def _best_of_rows_kernel(
 def best_of_rows(values: torch.Tensor, tokens: torch.Tensor, blocks: int, ranks: RankInbox, out: torch.Tensor) -> None:
     """out [M]: of each row the token of the best value of all ranks; values and tokens [M, blocks] are this rank's."""
     for first_row in range(0, len(out), ranks.rows):
-        for sends, takes in ranks.phases():
-            ranks.between(takes)
+        for phase in ranks.phases():
+            ranks.between(phase)
             _best_of_rows_kernel[(min(ranks.rows, len(out) - first_row),)](
                 values,
                 tokens,
@@ -105,8 +103,8 @@ def best_of_rows(values: torch.Tensor, tokens: torch.Tensor, blocks: int, ranks:
                 ROWS=ranks.rows,
                 RANK=ranks.rank,
                 RANKS=ranks.count,
-                SENDS=sends,
-                TAKES=takes,
+                SENDS=phase.sends,
+                TAKES=phase.takes,
                 **give_up(ranks.words),
                 **launch_options(1, False),
             )
@@ -126,8 +124,8 @@ def _meet_kernel(
 
 def meet(ranks: RankInbox) -> None:
     """Nothing behind it runs before all ranks have come here. ranks: an inbox of single words."""
-    for sends, takes in ranks.phases():
-        ranks.between(takes)
+    for phase in ranks.phases():
+        ranks.between(phase)
         _meet_kernel[(1,)](
             ranks.targets,
             ranks.words,
@@ -136,8 +134,8 @@ def meet(ranks: RankInbox) -> None:
             ROWS=ranks.rows,
             RANK=ranks.rank,
             RANKS=ranks.count,
-            SENDS=sends,
-            TAKES=takes,
+            SENDS=phase.sends,
+            TAKES=phase.takes,
             **give_up(ranks.words),
             **launch_options(1, False),
         )
@@ -179,9 +177,7 @@ def _gather_kernel(
                     value = unpack(word, SHORT).to(out_ptr.dtype.element_ty)
                     tl.store(out_ptr + row * VOCAB + other * VOCAB // RANKS + column, value, mask=inside)
             polls += 1
-            late = (now(polls, CLOCK) - began > LIMIT) | (tl.load(lost_ptr, volatile=True) != 0)
-            status = tl.max(stale.to(tl.int32) * STALE + late.to(tl.int32) * LATE, 0)
-            status = tl.where(status == LATE, 0, status)
+            status = status_of(stale, polls, began, lost_ptr, CLOCK, LIMIT)
         if status > STALE:
             tl.store(lost_ptr, 1)
         tl.store(counter, tag)
@@ -205,8 +201,8 @@ def gather_logits(logits: torch.Tensor, ranks: RankInbox, out: torch.Tensor) -> 
     require(ranks.counters.numel() >= ranks.rows * pieces, "the inbox has too few counters")
     for first in range(0, num_rows, ranks.rows):
         count = min(ranks.rows, num_rows - first)
-        for sends, takes in ranks.phases():
-            ranks.between(takes)
+        for phase in ranks.phases():
+            ranks.between(phase)
             _gather_kernel[(count, pieces)](
                 logits[first : first + count],
                 out[first : first + count],
@@ -220,8 +216,8 @@ def gather_logits(logits: torch.Tensor, ranks: RankInbox, out: torch.Tensor) -> 
                 WIDTH=ranks.words.shape[3],
                 RANK=ranks.rank,
                 RANKS=ranks.count,
-                SENDS=sends,
-                TAKES=takes,
+                SENDS=phase.sends,
+                TAKES=phase.takes,
                 **give_up(ranks.words),
                 **launch_options(4, False),
             )

@@ -72,6 +72,37 @@ class DeviceMemory:
             self._pointer = 0
 
 
+class UnitMemory:
+    """A DeviceMemory as one of units: unit u of block b is block b * num_units + u here. Ranks exchange these."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self.num_blocks = memory.num_blocks * memory.num_units
+        self.block_bytes = memory.block_bytes // memory.num_units
+        self.num_units = 1
+        self.payload_bytes, self.nonce, self.handle = memory.payload_bytes, memory.nonce, memory.handle
+        self.device_index, self.device_uuid = memory.device_index, memory.device_uuid
+
+    @property
+    def pointer(self) -> int:
+        return self._memory.pointer
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As DeviceMemory.data: uint8 [units, 1, unit_bytes]."""
+        return self._memory.data.view(self.num_blocks, 1, -1)
+
+
+PoolMemory = DeviceMemory | UnitMemory
+
+
+def mapped(handle: bytes, size_bytes: int, device_index: int) -> torch.Tensor:
+    """uint8 [size_bytes]: memory of another process on this GPU, which `DeviceMemory.handle` names. It stays mapped."""
+    cudart.use_device(device_index)
+    array = _CudaArray(cudart.open_handle(handle), size_bytes)
+    return torch.as_tensor(array, device=f"cuda:{device_index}")
+
+
 class DevicePool:
     """`num_blocks` zeroed blocks of `layout` on one GPU: BlockPool's twin."""
 
@@ -88,6 +119,10 @@ class DevicePool:
         self._digests = BlockDigests(self.memory.data)
 
     @property
+    def tensors(self) -> KvTensors:
+        return self._opened()
+
+    @property
     def tensor(self) -> torch.Tensor:
         """All blocks: [num_blocks, num_units, num_layers, planes, block_tokens, head_dim]."""
         return self._opened().data
@@ -101,6 +136,11 @@ class DevicePool:
         """See BlockDigests.digests; what was written to these blocks must be complete on the GPU."""
         self._opened()
         return self._digests.digests(chunks)
+
+    def unit_sums(self, blocks: Sequence[int]) -> bytes:
+        """See BlockDigests.sums."""
+        self._opened()
+        return self._digests.sums(blocks)
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""

@@ -91,7 +91,7 @@ class BlockDigests:
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """The same for several chunks, which wait together: beside steps of prompts each wait is long."""
         sums, size = (
-            memoryview(self._sums([block for blocks in chunks for block in blocks])),
+            memoryview(self.sums([block for blocks in chunks for block in blocks])),
             self._checksums.block_sums_bytes,
         )
         ends = accumulate(len(blocks) * size for blocks in chunks)
@@ -100,8 +100,8 @@ class BlockDigests:
             for blocks, end in zip(chunks, ends, strict=True)
         ]
 
-    def _sums(self, blocks: Sequence[int]) -> bytes:
-        """WORD_BYTES a unit."""
+    def sums(self, blocks: Sequence[int]) -> bytes:
+        """Checksums of the units of these blocks, WORD_BYTES each, block by block; waits as `digest` does."""
         sums = bytearray()
         for start in range(0, len(blocks), self._checksums.max_blocks):
             self._run(blocks[start : start + self._checksums.max_blocks])

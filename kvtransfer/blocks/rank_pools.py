@@ -1,68 +1,57 @@
-"""The pools of the ranks of one worker as one: block b of it is the blocks b of all ranks, each with its own units.
+"""The pools of all ranks of a worker, each on a GPU of its own, as one: block ids are the same in all of them.
 
-A digest is over all units of the model in order, whatever ranks hold them, so workers of any sizes agree on it. Copies
-of a unit are summed up each, and one that differs from the others makes a digest that fits nothing.
+A rank has the units of its KV heads. The digest of a block is over the units of the model in their order, whichever
+rank holds them, so that workers with any numbers of ranks agree on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from baton.kvtransfer.blocks.checksum import digest_of_sums, xxh3_sums
-from baton.kvtransfer.blocks.memory import SharedBlockMemory, SharedFile
-from baton.kvtransfer.blocks.pool import BlockPool
+import numpy as np
+import xxhash
+
+from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.kvtransfer.reshard import Cut
 
 
-class UnitMemory:
-    """A rank's pool with its units as blocks: unit u of block b is number b * units + u. Meets SharedBlockMemory."""
+class UnitPool(Protocol):
+    """A rank's."""
 
-    num_units = 1
+    num_blocks: int
 
-    def __init__(self, memory: SharedBlockMemory) -> None:
-        self._memory = memory
-        self.units_per_block = memory.num_units
-        self.num_blocks = memory.num_blocks * memory.num_units
-        self.block_bytes = memory.block_bytes // memory.num_units
+    def unit_sums(self, blocks: Sequence[int]) -> bytes:
+        """Checksums of the units of these blocks, WORD_BYTES each, block by block."""
+        ...
 
-    @property
-    def shared(self) -> SharedFile | None:
-        return self._memory.shared
-
-    def block(self, index: int) -> memoryview:
-        """The writable bytes of one unit."""
-        block, unit = divmod(index, self.units_per_block)
-        return self._memory.block(block)[unit * self.block_bytes : (unit + 1) * self.block_bytes]
+    def close(self) -> None: ...
 
 
 class RankPools:
-    """`pools` of the ranks in order, as `cut` shares out the units; one stage."""
+    """`pools`: of the ranks in order, over the units that `cut` gives them."""
 
-    def __init__(self, cut: Cut, pools: Sequence[BlockPool]) -> None:
-        held = [(pool.layout.first_unit, pool.num_units) for pool in pools]
-        if held != [(cut.units(rank).start, len(cut.units(rank))) for rank in range(cut.ranks)]:
-            raise ValueError(f"ranks with (first unit, units) {held}, cut for {cut.ranks} of {cut.total_units} units")
-        if len({pool.num_blocks for pool in pools}) != 1:
-            raise ValueError(f"pools of {[pool.num_blocks for pool in pools]} blocks")
-        self.cut, self.pools = cut, tuple(pools)
+    def __init__(self, pools: Sequence[UnitPool], cut: Cut) -> None:
+        self.pools, self._cut = tuple(pools), cut
         self.num_blocks = pools[0].num_blocks
-        self.memories = [UnitMemory(pool) for pool in pools]
+        self._first_holders = [cut.holders(unit).start for unit in range(cut.total_units)]
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
-        """The digest ("xxh3") of each of these chunks."""
-        return [
-            digest_of_sums(self._sum(block, unit) for block in chunk for unit in range(self.cut.total_units))
-            for chunk in chunks
-        ]
+        """See BlockDigests.digests; what was written to these blocks must be complete on all GPUs."""
+        blocks = [block for chunk in chunks for block in chunk]
+        held = {
+            rank: np.frombuffer(self.pools[rank].unit_sums(blocks), dtype=f"V{WORD_BYTES}").reshape(len(blocks), -1)
+            for rank in dict.fromkeys(self._first_holders)
+        }
+        units = [held[rank][:, unit - self._cut.units(rank).start] for unit, rank in enumerate(self._first_holders)]
+        sums = memoryview(np.stack(units, axis=1).tobytes())
+        digests, begin = [], 0
+        for chunk in chunks:
+            end = begin + len(chunk) * self._cut.total_units * WORD_BYTES
+            digests.append(xxhash.xxh3_128_digest(sums[begin:end]))
+            begin = end
+        return digests
 
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
-
-    def _sum(self, block: int, unit: int) -> bytes:
-        sums = []
-        for rank in self.cut.holders(unit):
-            memory = self.memories[rank]
-            number = block * memory.units_per_block + unit - self.cut.units(rank).start
-            sums.append(xxh3_sums(memory.block(number), 1))
-        return sums[0] if len(set(sums)) == 1 else b"".join(sums)

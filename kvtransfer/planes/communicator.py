@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from baton.kvtransfer.blocks import cudart
-from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.device_pool import PoolMemory
 from baton.kvtransfer.planes.nccl import Pieces, PipeState
 from baton.kvtransfer.planes.rendezvous import TunnelStore
 from baton.kvtransfer.planes.self_test import SelfTest
@@ -58,7 +58,7 @@ class NcclConnector:
 
     def __init__(
         self,
-        memory: DeviceMemory,
+        memory: PoolMemory,
         self_test: SelfTest,
         *,
         max_ctas: int,

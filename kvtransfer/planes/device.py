@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from baton.kvtransfer.blocks import cudart
-from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.device_pool import PoolMemory
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.communicator import NcclConnector
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
@@ -28,7 +28,7 @@ it (docs/benchmarks/planes.md)."""
 
 
 def device_planes(
-    memory: DeviceMemory,
+    memory: PoolMemory,
     context: Context,
     identity: str,
     host: ListenHost,

@@ -15,7 +15,7 @@ import torch
 
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
-from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
+from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, PoolMemory
 from baton.kvtransfer.blocks.digest import Checksums
 from baton.kvtransfer.blocks.runs import BlockRun
 from baton.kvtransfer.planes.cuda_ipc import Exported
@@ -37,7 +37,7 @@ class _Copy:
 class CudaPullEngine:
     """Copies into `memory`. One thread makes all calls."""
 
-    def __init__(self, memory: DeviceMemory, self_test: SelfTest) -> None:
+    def __init__(self, memory: PoolMemory, self_test: SelfTest) -> None:
         self._memory = memory
         self._self_test = self_test
         cudart.use_device(memory.device_index)

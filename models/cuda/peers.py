@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from baton.kernels.triton.rank_vocabulary import gather_logits, meet, pieces_of
-from baton.kernels.triton.rank_words import RankInbox, word_type
+from baton.kernels.triton.rank_words import TWO_STEPS, RankInbox, word_type
 from baton.models.config import ModelConfig
 from baton.models.partition import Rank
 from baton.node.errors import PeerLost
@@ -35,13 +35,31 @@ class InboxShape:
     width: int
     words: torch.dtype
     pieces: int = 1
+    sums: bool = False
+
+    def two_steps(self, count: int) -> bool:
+        """Of sums of so many ranks."""
+        return self.sums and count >= TWO_STEPS and self.width % count == 0
+
+    def places(self, count: int) -> int:
+        return 2 if self.two_steps(count) else count
 
     def words_bytes(self, count: int) -> int:
-        return count * self.words_of_sender * self.words.itemsize
+        return self.places(count) * self.place_bytes
 
     @property
-    def words_of_sender(self) -> int:
-        return 2 * self.rows * self.width
+    def place_bytes(self) -> int:
+        return 2 * self.rows * self.width * self.words.itemsize
+
+    def offset(self, sender: int, count: int) -> int:
+        """Of what a rank sends, behind the begin of another's words. A piece's kernel knows the place in a row."""
+        return 0 if self.two_steps(count) else sender * self.place_bytes
+
+    def offset_alone(self, rank: int, other: int, count: int) -> int:
+        """Where a rank that sends to itself finds what the other would send, as if that were sent by itself."""
+        if self.two_steps(count):
+            return (other - rank) * (self.width // count) * self.words.itemsize
+        return other * self.place_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +73,13 @@ class RankMemory:
     def of(cls, config: ModelConfig, rank: Rank, dtype: torch.dtype, max_tokens: int) -> RankMemory:
         """For steps of up to max_tokens tokens."""
         words = word_type(dtype)
-        row_bytes = 2 * rank.count * config.hidden_size * words.itemsize
+        row_bytes = InboxShape(1, config.hidden_size, words, sums=True).words_bytes(rank.count)
         rows = max(1, min(SUMS_ROWS, SUMS_BYTES // row_bytes, max_tokens))
         share = -(-config.vocab_size // rank.count)
         return cls(
             rank,
             (
-                InboxShape(rows, config.hidden_size, words),
+                InboxShape(rows, config.hidden_size, words, sums=True),
                 InboxShape(DRAWN_ROWS, 1, torch.int64),
                 InboxShape(GATHERED_ROWS, -(-share // 4) * 4, words, pieces_of(share)),
             ),
@@ -98,10 +116,12 @@ class DevicePeers:
             self._inboxes.append(
                 RankInbox(
                     self.rank.index,
-                    words.view(self.rank.count, 2, inbox.rows, inbox.width),
+                    self.rank.count,
+                    words.view(-1, 2, inbox.rows, inbox.width),
                     torch.zeros(self.rank.count, dtype=torch.int64, device=device),
                     torch.zeros(inbox.rows * inbox.pieces, dtype=torch.int32, device=device),
                     self._lost,
+                    inbox.two_steps(self.rank.count),
                     meet,
                 )
             )
@@ -123,8 +143,8 @@ class DevicePeers:
         ranks have to have called this, and no step of theirs may run, before the first step."""
         self._memory.zero_()
         for inbox, shape, offset in zip(self._inboxes, self._layout.inboxes, self._layout.offsets, strict=False):
-            own = self.rank.index * shape.words_of_sender * shape.words.itemsize
-            inbox.targets.copy_(torch.tensor([address + offset + own for address in addresses]))
+            sent = offset + shape.offset(self.rank.index, self.rank.count)
+            inbox.targets.copy_(torch.tensor([address + sent for address in addresses]))
             inbox.counters.zero_()
         self._lost.zero_()
         self._pinned.zero_()
@@ -145,6 +165,15 @@ class DevicePeers:
         """Enqueued behind a step: `check` says afterwards whether the others have come."""
         self._pinned.copy_(self._lost, non_blocking=True)
 
+    def give_up(self) -> None:
+        """End all waiting for other ranks, which then counts as in vain. From any thread, while steps run."""
+        if self._memory.is_cuda:
+            with torch.cuda.stream(torch.cuda.Stream(self._memory.device)):
+                self._lost.copy_(torch.ones(1, dtype=torch.int32, pin_memory=True), non_blocking=True)
+                torch.cuda.current_stream().synchronize()
+        else:
+            self._lost.fill_(1)
+
     def check(self) -> None:
         """PeerLost if waiting for another rank was given up."""
         if int(self._pinned[0]):
@@ -152,10 +181,10 @@ class DevicePeers:
 
     def _loop_back(self) -> None:
         """Send to oneself, in the place of the others."""
-        for inbox in self._inboxes:
-            sender = inbox.words[0].numel() * inbox.words.element_size()
-            places = [inbox.words.data_ptr() + other * sender for other in range(self.rank.count)]
-            inbox.targets.copy_(torch.tensor(places))
+        rank, count = self.rank.index, self.rank.count
+        for inbox, shape in zip(self._inboxes, self._layout.inboxes, strict=True):
+            begin = inbox.words.data_ptr()
+            inbox.targets.copy_(torch.tensor([begin + shape.offset_alone(rank, each, count) for each in range(count)]))
         self._settle()
 
     def _settle(self) -> None:

@@ -183,6 +183,9 @@ class CudaRunner:
         if (scales is not None) != self.kv_format.has_scales_inside:
             raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
         static = self.kv_format.static
+        if static is not None and self._peers is not None:
+            heads = self._peers.rank.key_heads(self.config.num_kv_heads)
+            static = static[..., heads.start : heads.stop].contiguous()
         paged = PagedPool.of(pool, scales if static is None else static.to(device), config.kv_planes)
         block_tokens, rows, row_tokens = pool.shape[4], self._limits.max_rows, self._limits.decode_tokens
         self._longest = max_model_len

@@ -22,6 +22,8 @@ from baton.node.errors import SettingsError
 Tensors = Mapping[str, torch.Tensor]
 """Of one module, by the end of their names."""
 
+CODES = "weight"
+"""The role of codes of one byte, which no layout changes."""
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

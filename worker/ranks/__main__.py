@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +51,13 @@ def main(argv: Sequence[str]) -> int:
     memory = torch.frombuffer(_mapped(start.starter_pid, start.memory).view, dtype=torch.uint8)
     peers = ProcessPeers(Rank(start.index, start.count), start.vocab_size, memory, links)
     try:
-        runner = _load(start, peers, control)
+        join = _load(start, peers, control) if start.device is None else _load_on_device(start, peers, control)
+        control.send(encode(RankReady()))
         threading.Thread(target=_beat, args=(control,), name="beat", daemon=True).start()
         log_event(logger, "rank_started", rank=start.index, of=start.count, pid=os.getpid())
         freeze_startup_objects()
         while True:
-            runner.join(peers.begun())
+            join()
     except SettingsError as error:
         print(f"{start.name}: {error}", file=sys.stderr)
         return 1
@@ -65,8 +66,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
 
-def _load(start: RankStart, peers: ProcessPeers, control: RankLink) -> ModelRunner:
-    """This rank's part of the model over the pool of rank 0."""
+def _load_on_device(start: RankStart, peers: ProcessPeers, control: RankLink) -> Callable[[], None]:
+    """The same on a GPU; needs CUDA and triton."""
+    from baton.worker.ranks.device import join_on_device
+
+    return join_on_device(start, peers, control, LOAD_S)
+
+
+def _load(start: RankStart, peers: ProcessPeers, control: RankLink) -> Callable[[], None]:
+    """This rank's part of the model over the pool of rank 0; what it gives is called for each step."""
     runner = ModelRunner.load(
         Path(start.folder),
         dtype=start.dtype,
@@ -82,8 +90,7 @@ def _load(start: RankStart, peers: ProcessPeers, control: RankLink) -> ModelRunn
     flat = torch.frombuffer(_mapped(start.starter_pid, made.memory).view, dtype=torch.uint8)
     layout = layout_of(runner.config, runner.kv_format, made.block_tokens)
     runner.bind_pool(*kv_tensors(flat[: made.num_blocks * layout.block_bytes], layout, made.num_blocks))
-    control.send(encode(RankReady()))
-    return runner
+    return lambda: runner.join(peers.begun())
 
 
 def _mapped(pid: int, memory: SharedBytes) -> SharedReader:

@@ -45,11 +45,11 @@ class ProcessPeers:
         self._records = RecordDecoder()
 
     def begin(self, rows: Sequence[Row]) -> None:
-        self._broadcast(encode_rows(rows, self._vocab_size))
+        self.tell(encode_rows(rows, self._vocab_size))
 
     def begun(self) -> list[Row]:
         """Wait for rank 0 to begin a step, as long as it lives; its rows."""
-        return self._records.decode(self._listen())
+        return self._records.decode(self.hear())
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return self._exchanged(part, [part.shape[1]] * self.rank.count, sum_in_order)
@@ -73,7 +73,7 @@ class ProcessPeers:
             self._phase += 1
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _broadcast(self, message: bytes) -> None:
+    def tell(self, message: bytes) -> None:
         """Rank 0: give the others a message of any length, which begins with that."""
         sent = len(message).to_bytes(HEADER_BYTES, "little") + message
         for first in range(0, len(sent), SLOT_BYTES):
@@ -82,7 +82,8 @@ class ProcessPeers:
             self._meet(self._meet_s)
             self._phase += 1
 
-    def _listen(self) -> bytes:
+    def hear(self) -> bytes:
+        """Wait for rank 0 to tell something, as long as it lives."""
         received, total = bytearray(), HEADER_BYTES
         while len(received) < total:
             self._meet(self._meet_s if received else None)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import TypeVar
 
 import torch
 
@@ -26,7 +27,16 @@ from baton.node.telemetry import log_event
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.exchange import ProcessPeers, memory_bytes
 from baton.worker.ranks.links import RankLink, pair
-from baton.worker.ranks.messages import BEAT_S, PoolMade, RankReady, RankStart, SharedBytes, decode, encode
+from baton.worker.ranks.messages import (
+    BEAT_S,
+    PoolMade,
+    RankMessage,
+    RankReady,
+    RankStart,
+    SharedBytes,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger("ranks")
 
@@ -37,6 +47,10 @@ LOAD_S = 3600.0
 STOP_S = 2.0
 
 Deliver = Callable[[RankLost], None]
+T = TypeVar("T")
+
+
+def _nothing() -> None: ...
 
 
 class RankGroup:
@@ -49,6 +63,8 @@ class RankGroup:
         self._controls: list[RankLink] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = threading.Event()
+        self.on_lost: Callable[[], None] = _nothing
+        """Called when a rank is lost, before anything else: ends waits that are not at a link."""
         self._watcher: threading.Thread | None = None
         ends: dict[int, dict[int, RankLink]] = {index: {} for index in range(count)}
         for one, other in combinations(range(count), 2):
@@ -70,15 +86,32 @@ class RankGroup:
 
     def share_pool(self, pool: BlockPool) -> None:
         """Give the pool to all ranks, and wait until they can join steps. SettingsError if one cannot."""
-        made = PoolMade(
-            memory=shared_bytes(pool.shared), num_blocks=pool.num_blocks, block_tokens=pool.layout.block_tokens
+        self.tell(
+            PoolMade(
+                memory=shared_bytes(pool.shared), num_blocks=pool.num_blocks, block_tokens=pool.layout.block_tokens
+            )
         )
+        self.answers(RankReady)
+
+    def tell(self, message: RankMessage) -> None:
+        """Something to all other ranks, which start. SettingsError if one has ended."""
         try:
             for control in self._controls:
-                control.send(encode(made))
+                control.send(encode(message))
+        except PeerLost as error:
+            self.close()
+            raise SettingsError(f"{error} while it started") from None
+
+    def answers(self, kind: type[T]) -> list[T]:
+        """A message of this kind from each other rank, in order. SettingsError if one cannot start."""
+        found: list[T] = []
+        try:
             for control in self._controls:
-                if not isinstance(message := decode(control.receive(LOAD_S)), RankReady):
-                    raise InvariantBroken(f"{type(message).__name__} from rank {control.other}, which is not ready")
+                message = decode(control.receive(LOAD_S))
+                if not isinstance(message, kind):
+                    raise InvariantBroken(f"{type(message).__name__} from rank {control.other}, not {kind.__name__}")
+                found.append(message)
+            return found
         except PeerLost as error:
             self.close()
             raise SettingsError(f"{error} while it started") from None
@@ -121,6 +154,7 @@ class RankGroup:
                 reason = reason or beats.missing(time.monotonic())
         if not self._ended.is_set():
             log_event(logger, "rank_lost", level=logging.ERROR, reason=reason)
+            self.on_lost()
             for link in self.links:
                 link.shut()
             deliver(RankLost(reason))

@@ -13,6 +13,18 @@ class SharedBytes(msgspec.Struct, frozen=True):
     nonce: bytes
 
 
+class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank that computes on a GPU needs besides; the worker's settings and sizes."""
+
+    gpu: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    run_ahead: int
+    deterministic: bool
+    block_tokens: int
+    gpu_memory_utilization: float
+
+
 class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """To a rank: what it is, and the model that it loads its part of. The settings are the worker's."""
 
@@ -33,6 +45,26 @@ class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     quantization: str | None
     max_model_len: int | None
     threads: int
+    device: DeviceShare | None = None
+    """None: on a CPU."""
+
+
+class DeviceLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """From a rank that has loaded its part on a GPU."""
+
+    exchange: bytes
+    """CUDA IPC handle of the memory by which ranks exchange what a step needs."""
+    num_blocks: int
+    """For which its GPU has room."""
+
+
+class DevicePoolsMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a rank that has loaded: handles of all ranks, in order. Rank 0's process owns all pools."""
+
+    pools: tuple[bytes, ...]
+    exchanges: tuple[bytes, ...]
+    num_blocks: int
+    max_model_len: int
 
 
 class PoolMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -53,7 +85,7 @@ class RankBeat(msgspec.Struct, frozen=True, tag=True):
 
 BEAT_S = 0.5
 
-RankMessage = RankStart | PoolMade | RankReady | RankBeat
+RankMessage = RankStart | PoolMade | DeviceLoaded | DevicePoolsMade | RankReady | RankBeat
 _decoder = msgspec.msgpack.Decoder(RankMessage)
 
 

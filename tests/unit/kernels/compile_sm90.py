@@ -116,16 +116,15 @@ def ranks(count: int) -> None:
     from baton.kernels.triton import norm, rank_vocabulary, sampling
     from baton.kernels.triton.rank_words import RankInbox
 
-    def inbox(rows: int, width: int, words: torch.dtype, counters: int) -> RankInbox:
+    def inbox(rows: int, width: int, words: torch.dtype, counters: int, two_steps: bool = False) -> RankInbox:
         whole = {"dtype": torch.int32}
-        targets = empty(count, dtype=torch.int64)
-        return RankInbox(
-            1, empty(count, 2, rows, width, dtype=words), targets, empty(counters, **whole), empty(1, **whole)
-        )
+        targets, places = empty(count, dtype=torch.int64), 2 if two_steps else count
+        held = empty(places, 2, rows, width, dtype=words)
+        return RankInbox(1, count, held, targets, empty(counters, **whole), empty(1, **whole), two_steps)
 
     rows, hidden, vocab_size = 8, 8192, 128256
     x, share, tokens = empty(rows, hidden), empty(rows, vocab_size // count), empty(rows, dtype=torch.int64)
-    sums, drawn = inbox(256, hidden, torch.int32, 256), inbox(256, 1, torch.int64, 256)
+    sums, drawn = inbox(256, hidden, torch.int32, 256, count > 2), inbox(256, 1, torch.int64, 256)
     norm.add_rms_norm(x, x, empty(hidden), 1e-5, x, ranks=sums, pdl=True)
     if count > 2:
         return

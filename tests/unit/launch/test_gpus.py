@@ -7,7 +7,10 @@ import os
 import sys
 from typing import Any
 
-from baton.launch.gpus import GIB, Gpu, describe, load_driver, place, query, visible_gpus
+import pytest
+
+from baton.launch.gpus import GIB, USABLE, Gpu, describe, load_driver, place, query, visible_gpus
+from baton.node.errors import SettingsError
 
 H200 = Gpu("NVIDIA H200", 140 * GIB)
 
@@ -54,11 +57,23 @@ def test_a_machine_without_driver_has_no_gpus() -> None:
 
 def test_the_share_of_each_worker_is_printed() -> None:
     """Users must see why a worker has less KV than the card has room for."""
-    workers = place(["prefill-0", "decode-0", "decode-1"], [0, 1])
+    workers = place({"prefill-0": 1, "decode-0": 1, "decode-1": 1}, [0, 1])
     assert describe(workers, [H200], sized_by_user=False) == [
         "GPU 0 (NVIDIA H200, 140.0 GiB): prefill-0 up to 63.0 GiB (45 %), decode-1 up to 63.0 GiB (45 %)",
         "GPU 1: decode-0 up to 90 %",
     ]
-    assert describe(place(["decode-0"], [0]), [H200], sized_by_user=True) == [
+    assert describe(place({"decode-0": 1}, [0]), [H200], sized_by_user=True) == [
         "GPU 0 (NVIDIA H200, 140.0 GiB): decode-0; memory as in the arguments of the workers"
     ]
+
+
+def test_ranks_take_gpus_that_follow_one_another():
+    """Guards against ranks of two workers that share a GPU while another is free, and a worker that is told one GPU of
+    several that it will use."""
+    placed = place({"prefill-0": 2, "decode-0": 1, "decode-1": 2}, [0, 1, 2, 3])
+    assert [list(placed[name].gpus) for name in placed] == [[0, 1], [2], [0, 1]]
+    assert placed["decode-0"].share == USABLE and placed["prefill-0"].share == placed["decode-1"].share == USABLE / 2
+    with pytest.raises(SettingsError, match="follow one another"):
+        place({"decode-0": 2}, [0, 2])
+    with pytest.raises(SettingsError, match="needs 4 GPUs"):
+        place({"decode-0": 4}, [0, 1])

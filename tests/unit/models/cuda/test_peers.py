@@ -1,0 +1,88 @@
+"""Exchanges of ranks inside kernels, interpreted: every rank gets the same bits, for any number of ranks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels import reference
+from baton.kernels.triton.norm import add_rms_norm
+from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
+from baton.models.partition import Rank
+from baton.node.errors import PeerLost
+from baton.testing.device_ranks import Turns
+
+WIDTH, VOCABULARY, ROWS = 32, 67, 2
+
+
+def shapes(count: int, dtype: torch.dtype) -> tuple[InboxShape, ...]:
+    words, share = torch.int32 if dtype == torch.bfloat16 else torch.int64, -(-VOCABULARY // count)
+    return InboxShape(ROWS, WIDTH, words, sums=True), InboxShape(2, 1, torch.int64), InboxShape(1, share, words)
+
+
+def connected(count: int, dtype: torch.dtype, turns: Turns) -> list[DevicePeers]:
+    layouts = [RankMemory(Rank(index, count), shapes(count, dtype)) for index in range(count)]
+    memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for layout in layouts]
+    peers = [DevicePeers(*pair, VOCABULARY, turns.meet) for pair in zip(layouts, memories, strict=True)]
+    for each in peers:
+        each.reserve(3, dtype)
+        each.connect([memory.data_ptr() for memory in memories])
+    return peers
+
+
+@pytest.mark.parametrize("count", [4])  # two ranks are those of test_ranks.py
+def test_all_ranks_get_the_same_sums_and_logits(count):
+    """Guards against pieces of another rank, words of the exchange before, rows that an inbox has no place for, and a
+    vocabulary that the number of ranks does not divide."""
+    dtype, turns = torch.float32, Turns(count)
+    peers = connected(count, dtype, turns)
+    parts, residual = torch.randn(count, 3, 2, 3, WIDTH, dtype=dtype), torch.randn(3, WIDTH, dtype=dtype)
+    weight, logits = torch.randn(WIDTH, dtype=dtype), torch.randn(3, VOCABULARY, dtype=dtype)
+
+    def run(index: int) -> list[torch.Tensor]:
+        own, found = residual.clone(), []
+        for exchange in range(3):
+            out = torch.empty(3, WIDTH, dtype=dtype)
+            add_rms_norm(parts[index, exchange], own, weight, 1e-5, out, ranks=peers[index].sums)
+            found += [own.clone(), out]
+        share = peers[index].rank.vocabulary(VOCABULARY)
+        whole = peers[index].whole(logits[:, share.start : share.stop].contiguous())
+        assert torch.equal(whole, logits)
+        peers[index].meet()
+        return found
+
+    with ThreadPoolExecutor(count) as threads:
+        running = [threads.submit(turns.run, lambda index=index: run(index)) for index in range(count)]
+        first, *others = [each.result() for each in running]
+    assert all(torch.equal(one, two) for other in others for one, two in zip(first, other, strict=True))
+    own = residual
+    for exchange in range(3):
+        added = parts[:, exchange].sum((0, 1))
+        own, out = own + added, reference.rms_norm(own + added, weight, 1e-5)
+        torch.testing.assert_close(first[2 * exchange : 2 * exchange + 2], [own, out], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_rank_that_waits_in_vain_says_so(count):
+    """Guards against a kernel that spins for ever where another rank is gone, and a step whose tokens are used; and
+    against steps that cannot be tried before ranks know one another."""
+    layout = RankMemory(Rank(1, count), shapes(count, torch.float32))
+    memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for _ in range(count)]
+    peers, values = DevicePeers(layout, memories[1], VOCABULARY), torch.ones(2, WIDTH)
+
+    def add() -> None:
+        add_rms_norm(values, values.clone(), torch.ones(WIDTH), 1e-5, values, ranks=peers.sums)
+        peers.bring()
+
+    for _ in range(3):
+        add()
+        peers.meet()  # by itself
+        peers.check()
+    peers.connect([memory.data_ptr() for memory in memories])
+    add()
+    with pytest.raises(PeerLost, match="does not take part"):
+        peers.check()

@@ -1,0 +1,157 @@
+"""A model on several GPUs, one a rank: rank 0's process has the pools of all and the planes between them.
+
+The ranks' GPUs follow one another, from --gpu on. What a rank does on its GPU is in worker.ranks.device. Needs CUDA and
+triton.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory
+from baton.kvtransfer.blocks.rank_pools import RankPools
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
+from baton.kvtransfer.reshard import Cut
+from baton.models.cuda.memory import GIB
+from baton.models.fallback.config import model_config
+from baton.models.partition import check_partition
+from baton.node.addresses import ListenHost
+from baton.node.errors import SettingsError
+from baton.node.messages.base import Role
+from baton.node.sockets import Context
+from baton.node.telemetry import log_event
+from baton.worker.build_cpu import LoadedModel, checked_planes, name_of, pool_blocks, progress_log, rank_start
+from baton.worker.ranks.device import DTYPES, DeviceRank, device_layout
+from baton.worker.ranks.following import LeadingRunner
+from baton.worker.ranks.group import RankGroup
+from baton.worker.ranks.messages import (
+    DeviceLoaded,
+    DevicePoolsMade,
+    DeviceShare,
+    RankReady,
+    RankStart,
+    SharedBytes,
+)
+from baton.worker.settings import WorkerSettings, WorkerSizes
+
+logger = logging.getLogger("worker")
+
+POLL_S = 0.0002
+"""As a worker of one GPU."""
+
+
+def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
+    """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
+    config, count, first = model_config(folder), settings.tp, settings.gpu
+    check_partition(config, count)
+    if first + count > torch.cuda.device_count():
+        raise SettingsError(
+            f"--tp {count}: its ranks need the GPUs {first} to {first + count - 1}, and this torch sees "
+            f"{torch.cuda.device_count()}, counted from 0"
+        )
+    if settings.store:
+        raise SettingsError(f"--store: no KV goes between a store and the GPUs of --tp {count}")
+    if settings.most_drafts:
+        raise SettingsError(f"--speculate: no drafts are verified by --tp {count} on GPUs")
+
+    def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
+        described = rank_start(settings, folder, config.vocab_size, index, fds, memory)
+        return msgspec.structs.replace(described, device=_share(settings, sizes, index))
+
+    group = RankGroup(count, start)
+    try:
+        return _load(settings, sizes, role, group, start(0, {}, SharedBytes(0, 0, b"")))
+    except torch.OutOfMemoryError as error:
+        group.close()
+        raise SettingsError(f"the memory of GPU {first} does not suffice: {str(error).splitlines()[0]}") from None
+    except BaseException:
+        group.close()
+        raise
+
+
+def _share(settings: WorkerSettings, sizes: WorkerSizes, index: int) -> DeviceShare:
+    return DeviceShare(
+        gpu=settings.gpu + index,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        run_ahead=settings.run_ahead,
+        deterministic=settings.deterministic,
+        block_tokens=sizes.block_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+
+
+def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankGroup, start: RankStart) -> LoadedModel:
+    """Rank 0's part, and the pools of all."""
+    names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
+    own = DeviceRank.load(start, progress_log("loading_weights", "tensors"))
+    config, count = own.runner.config, settings.tp
+    layout = device_layout(config, own.runner.kv_format, sizes.block_tokens)
+    others = group.answers(DeviceLoaded)
+    if settings.num_blocks is not None or sizes.kv_memory_gib is not None:
+        # The size is that of one rank's pool, as the memory is that of one GPU.
+        num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, own.layout)
+    else:
+        num_blocks = min(own.num_blocks, *(other.num_blocks for other in others))
+    pools = [DevicePool(own.layout, num_blocks, settings.gpu + index) for index in range(count)]
+    torch.cuda.set_device(settings.gpu)
+    log_event(
+        logger,
+        "memory_planned",
+        ranks=count,
+        weights_gib=round(own.weights_bytes / GIB, 1),
+        exchange_gib=round(own.exchange.payload_bytes / GIB, 2),
+        kv_gib=round(num_blocks * own.layout.block_bytes / GIB, 1),
+        blocks=num_blocks,
+        tokens=num_blocks * layout.block_tokens,
+    )
+    max_model_len = min(own.longest, num_blocks * layout.block_tokens)
+    exchanges = (own.exchange.handle, *(other.exchange for other in others))
+    handles = tuple(pool.memory.handle for pool in pools)
+    group.tell(DevicePoolsMade(pools=handles, exchanges=exchanges, num_blocks=num_blocks, max_model_len=max_model_len))
+    began_at = time.monotonic()
+    own.bind(pools[0].tensors, max_model_len, progress_log("capturing_graphs", "graphs"))
+    own.connect(exchanges)
+    group.answers(RankReady)
+    group.on_lost = own.peers.give_up
+    log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
+    cut = Cut.even(layout.num_units, count, layout.num_layers)
+
+    def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
+        made: list[Plane] = [
+            ShardedPlane(cut, num_blocks, _ends(pools, context, identity, host, name, warm=role != "decode"))
+            for name in names
+        ]
+        torch.cuda.set_device(settings.gpu)
+        return made
+
+    return LoadedModel(
+        config,
+        LeadingRunner(own.runner, group.peers(config.vocab_size).tell),
+        RankPools(pools, cut),
+        layout,
+        name_of(DTYPES[settings.dtype]),
+        max_model_len,
+        make_planes,
+        None,
+        POLL_S,
+        ranks=group,
+    )
+
+
+def _ends(
+    pools: list[DevicePool], context: Context, identity: str, host: ListenHost, name: str, *, warm: bool
+) -> list[Plane]:
+    """Of each rank, over the units of its pool."""
+    ends: list[Plane] = []
+    for index, pool in enumerate(pools):
+        memory = UnitMemory(pool.memory)
+        ends += device_planes(memory, context, rank_name(identity, index), host, names=(name,), warm=warm)
+    return ends

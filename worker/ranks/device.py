@@ -1,0 +1,147 @@
+"""A rank of a worker on its GPU: its part of the model, the memory by which it exchanges, and the steps that it joins.
+
+Rank 0's process owns the pools of all ranks, each on the GPU of its rank, so that transfers and digests are its alone.
+The memory for exchanges is each rank's own; all map all of them. Until ranks know one another each captures its steps
+alone (models.cuda.peers). Needs CUDA and triton.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.device_pool import DeviceMemory, mapped
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
+from baton.models.check import longest_known, recipe_for
+from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
+from baton.models.cuda.peers import DevicePeers, RankMemory
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner
+from baton.models.fallback.config import model_config
+from baton.models.kv_format import KvFormat
+from baton.models.kv_scales import kv_format_of
+from baton.models.partition import Rank, check_partition, part_of
+from baton.models.weights import Progress, load_weights, no_progress
+from baton.node.errors import InvariantBroken
+from baton.node.telemetry import log_event
+from baton.worker.build_cpu import layout_of
+from baton.worker.ranks.exchange import ProcessPeers
+from baton.worker.ranks.following import Follower
+from baton.worker.ranks.links import RankLink
+from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, DeviceShare, RankStart, decode, encode
+
+logger = logging.getLogger("ranks")
+
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRank:
+    """One rank's part of a model on its GPU."""
+
+    rank: Rank
+    share: DeviceShare
+    runner: CudaRunner
+    peers: DevicePeers
+    exchange: DeviceMemory
+    layout: KVLayout
+    """Of this rank's pool."""
+    weights_bytes: int
+    longest: int
+
+    @classmethod
+    def load(cls, start: RankStart, on_progress: Progress = no_progress) -> DeviceRank:
+        """SettingsError for what cannot run."""
+        share, rank, folder = start.device, Rank(start.index, start.count), Path(start.folder)
+        if share is None:
+            raise InvariantBroken("a rank on a GPU without its share of one")
+        torch.cuda.set_device(share.gpu)
+        config = model_config(folder)
+        check_partition(config, rank.count)
+        longest = longest_known(start.max_model_len, config)
+        config = config.up_to(longest)
+        began_at, dtype = time.monotonic(), DTYPES[start.dtype]
+        weights = load_weights(
+            config,
+            folder,
+            dtype,
+            f"cuda:{share.gpu}",
+            start.load_format,
+            on_progress,
+            pack=False,
+            rank=rank,
+            recipe=recipe_for(start.quantization, config),
+            keep_quantised=True,
+        )
+        torch.cuda.empty_cache()  # what tensors took on their way is not the model's
+        sizes_bytes = weights.size_bytes
+        log_event(
+            logger,
+            "weights_loaded",
+            rank=rank.index,
+            took_s=round(time.monotonic() - began_at, 1),
+            weights_gib=round(sum(sizes_bytes.values()) / GIB, 1),
+            formats=",".join(f"{name}:{round(size / GIB, 1)}" for name, size in sorted(sizes_bytes.items())),
+        )
+        limits = StepLimits(share.max_num_seqs, share.max_num_batched_tokens, share.run_ahead, share.deterministic)
+        exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
+        exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
+        peers = DevicePeers(exchanged, exchange.data.view(-1), config.vocab_size)
+        kv_format = kv_format_of(start.kv_dtype, config, folder, dtype, start.load_format)
+        runner = CudaRunner(config, weights, CudaQueue(share.gpu), limits, longest, kv_format=kv_format, peers=peers)
+        layout = device_layout(part_of(config, rank), kv_format, share.block_tokens)
+        return cls(rank, share, runner, peers, exchange, layout, sum(sizes_bytes.values()), longest)
+
+    @property
+    def num_blocks(self) -> int:
+        """For which this GPU has room, beside the contexts of this process and of rank 0's."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.share.gpu)
+        others = CONTEXT_BYTES if self.rank.index else 0
+        own_bytes = torch.cuda.memory_reserved(self.share.gpu) + self.exchange.payload_bytes + others
+        memory = GpuMemory(total_bytes, free_bytes, own_bytes)
+        return plan_blocks(memory, self.share.gpu_memory_utilization, self.layout.block_bytes)
+
+    def bind(self, tensors: KvTensors, max_model_len: int, on_progress: Progress = no_progress) -> None:
+        """Steps use this pool, and are captured; the others take no part yet."""
+        self.runner.bind_pool(tensors.data, max_model_len, on_progress, tensors.scales)
+        self.runner.warm_up()
+
+    def connect(self, exchanges: Sequence[bytes]) -> None:
+        """Exchange with the others from now on; handles of all ranks."""
+        cudart.use_device(self.share.gpu)
+        self.peers.connect(
+            [
+                self.exchange.pointer if index == self.rank.index else cudart.open_handle(handle)
+                for index, handle in enumerate(exchanges)
+            ]
+        )
+
+
+def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:
+    """As a GPU's pool has it."""
+    layout = layout_of(config, kv_format, block_tokens)
+    return replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
+
+
+def join_on_device(start: RankStart, peers: ProcessPeers, control: RankLink, load_s: float) -> Callable[[], None]:
+    """Load a rank other than 0 and make it ready; what it gives is called for each record."""
+    loaded = DeviceRank.load(start)
+    control.send(encode(DeviceLoaded(exchange=loaded.exchange.handle, num_blocks=loaded.num_blocks)))
+    made = decode(control.receive(load_s))
+    if not isinstance(made, DevicePoolsMade):
+        raise InvariantBroken(f"{type(made).__name__} before a rank has a pool")
+    size_bytes = made.num_blocks * loaded.layout.block_bytes
+    memory = mapped(made.pools[start.index], size_bytes, loaded.share.gpu)
+    loaded.bind(kv_tensors(memory, loaded.layout, made.num_blocks), made.max_model_len)
+    loaded.connect(made.exchanges)
+    follower = Follower(loaded.runner.launch, loaded.runner.run_ahead)
+    return lambda: follower.take(peers.hear())
