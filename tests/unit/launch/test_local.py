@@ -208,8 +208,8 @@ def test_each_role_has_its_number_of_ranks() -> None:
     assert local.folder_options(ServeSettings(prefill_tp=2)) == {("", "", "", "2", ""), ("", "", "", "1", "")}
     with pytest.raises(SettingsError, match="--prefill-tp and --decode-tp"):
         ServeSettings(roles="adaptive", prefill_tp=2)
-    with pytest.raises(SettingsError, match="add --device cpu"):
-        local.place_workers(ServeSettings(tp=2), 4)
+    placed = local.place_workers(ServeSettings(tp=2), 4)
+    assert [list(placed[name].gpus) for name in ("prefill-0", "decode-0")] == [[0, 1], [2, 3]]
 
 
 def test_proxies_may_start_without_workers() -> None:
