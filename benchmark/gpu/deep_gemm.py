@@ -2,9 +2,9 @@
 
 One JSON line a time on standard output, and appended to FILE; `error` is against float64. Weights are rotated past the
 L2 cache, x is in codes already, and a time is the least of some medians of replays of a graph. DeepGEMM multiplies
-`fp8_block`; `fp8_row` has a scale an output instead. DeepGEMM is the package sgl-deep-gemm (with torch 2.11 its version
-0.2.1 and apache-tvm-ffi 0.1.11: the next are built for newer ones), a rival in this benchmark alone, which compiles by
-nvcc at the first call of a shape; where it is missing or fails, only ours are timed.
+`fp8_block`; `fp8_row` has a scale an output instead. DeepGEMM is the package sgl-deep-gemm, a rival in this benchmark
+alone, of the version that was built for the torch at hand; it compiles by nvcc at the first call of a shape. Where it
+is missing or fails, only ours are timed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def deep_gemm() -> DeepGemm | None:
     return product
 
 
-def compare(file: Path, outputs: int, inputs: int, rows: Sequence[int], product: DeepGemm | None) -> None:
+def compare(
+    file: Path, outputs: int, inputs: int, rows: Sequence[int], formats: Sequence[str], product: DeepGemm | None
+) -> None:
     lines = JsonLines(file)
-    weights = {each: _rotated(recipe, outputs, inputs) for each, recipe in FORMATS.items()}
+    weights = {each: _rotated(FORMATS[each], outputs, inputs) for each in formats}
     exact_weights = {each: some[0].dequantised(torch.float64) for each, some in weights.items()}
     shapes = [shape_of(some[0]) for some in weights.values()]
     products = Products(fastest, max(rows), shapes, torch.bfloat16, GPU)
@@ -60,8 +62,8 @@ def compare(file: Path, outputs: int, inputs: int, rows: Sequence[int], product:
             if each == "fp8_block" and product is not None:
                 ways["deep_gemm"] = [_rival(product, codes, one, out) for one in some]
         times: dict[str, list[float]] = {way: [] for way in ways}
-        exact = {way: x.double() @ exact_weights.get(way, exact_weights["fp8_block"]).t() for way in ways}
-        errors = {way: _error(calls[0], out, exact[way]) for way, calls in ways.items()}
+        of_way = {way: exact_weights["fp8_block" if way == "deep_gemm" else way] for way in ways}
+        errors = {way: _error(calls[0], out, x.double() @ of_way[way].t()) for way, calls in ways.items()}
         for _ in range(TURNS):
             for way, calls in ways.items():
                 times[way].append(seconds(calls))
@@ -94,20 +96,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--shapes", default="7168x16384", help="outputs x inputs, comma separated")
     parser.add_argument("--rows", default="1,16,64")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="of weights")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     product = deep_gemm()
     for shape in options.shapes.split(","):
         outputs, inputs = map(int, shape.split("x"))
-        rows = [int(each) for each in options.rows.split(",")]
+        rows, formats = [int(each) for each in options.rows.split(",")], options.formats.split(",")
         try:
-            compare(options.file, outputs, inputs, rows, product)
+            compare(options.file, outputs, inputs, rows, formats, product)
         except RuntimeError as failure:
             if product is None:
                 raise
             print(f"DeepGEMM failed: {failure}", file=sys.stderr)
             product = None
-            compare(options.file, outputs, inputs, rows, product)
+            compare(options.file, outputs, inputs, rows, formats, product)
     return 0
 
 

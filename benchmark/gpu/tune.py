@@ -35,9 +35,9 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.decoder import DeviceDecoder, product_shapes
-from baton.models.cuda.products import fastest
-from baton.models.layer_weights import Weights
+from baton.models.cuda.decoder import DeviceDecoder
+from baton.models.cuda.products import fastest, shape_of
+from baton.models.layer_weights import DenseMlpWeights, Weights
 from baton.models.weights import load_weights
 
 FP8 = torch.float8_e4m3fn
@@ -47,9 +47,10 @@ MANY_SHAPES = {
     "gate_up_8b": ProductShape(14336, 4096, fused=True),
     "down_8b": ProductShape(4096, 14336),
 }
-SPLITS = 1, 2, 4, 7, 8
-UNITS = 48, 1100
+SPLITS = 1, 2, 4
+UNITS = 72, 600
 REPLAYS, KEPT = 15, 6
+PRODUCTS = "qkv", "o", "gate_up", "down"
 
 
 @dataclass(slots=True)
@@ -73,28 +74,52 @@ def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
     tile_n, found = 64 if shape.fused else 128, []
     if not block or shape.outputs % tile_n:
         return []
+    if of_4_bits:
+        all_warps = (8, 12) if tile_m <= 16 else (8,)
+    else:
+        all_warps = (4 * linear_8bit_policy.GROUPS[shape.weight_format],)
     for splits in (1,) if shape.fused else SPLITS:
         units = shape.outputs // tile_n * splits
         if shape.inputs % (splits * block) or not UNITS[0] <= units <= UNITS[1]:
             continue
-        if of_4_bits:
-            for warps in (8, 12) if tile_m <= 16 else (8,):
+        blocks = -(-units // linear_8bit_policy.PROGRAMS) * (shape.inputs // block // splits)
+        for warps in all_warps:
+            groups = warps // 4
+            if of_4_bits:
                 deepest = int4_policy.stages_that_fit(block, tile_m, warps)
-                found += [
-                    Tiles(tile_n, block, tile_m, stages, splits, warps)
-                    for stages in {deepest, deepest // 2 // (warps // 4) * (warps // 4)}
-                ]
-        else:
-            deepest = linear_8bit_policy.stages_that_fit(tile_m)
-            found += [Tiles(tile_n, block, tile_m, stages, splits) for stages in (deepest, deepest // 2 + 1)]
+            else:
+                deepest = linear_8bit_policy.stages_that_fit(tile_m, 1, groups)
+            found += [
+                Tiles(tile_n, block, tile_m, stages, splits, warps) for stages in _depths(deepest, blocks, groups)
+            ]
     return found
+
+
+def _depths(deepest: int, blocks: int, groups: int) -> list[int]:
+    """Stages of rings: as many as fit, or all blocks of a program; and half and a quarter of these."""
+    most = min(deepest, -(-blocks // groups) * groups)
+    return sorted({max(2, most // part // groups) * groups for part in (1, 2, 4)} & set(range(deepest + 1)))
 
 
 class Steps:
     """Decode steps of a model by a policy that changes."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, pool: RandomKv, max_rows: int, context: int) -> None:
-        self.shapes = [shape for shape in product_shapes(weights) if candidates(1, shape)]
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        pool: RandomKv,
+        max_rows: int,
+        context: int,
+        products: Sequence[str] = PRODUCTS,
+    ) -> None:
+        """products: of PRODUCTS, whose tiles are tried."""
+        first = weights.layers[0]
+        names = {"qkv": first.attention.qkv, "o": first.attention.o}
+        if isinstance(first.mlp, DenseMlpWeights):
+            names |= {"gate_up": first.mlp.gate_up, "down": first.mlp.down}
+        shapes = [shape_of(weights, fused=name == "gate_up") for name, weights in names.items() if name in products]
+        self.shapes = [shape for shape in dict.fromkeys(shapes) if candidates(1, shape)]
         self.policy = Tried({shape: max(candidates(1, shape), key=lambda each: each.splits) for shape in self.shapes})
         self._config, self._pool, self._context = config, pool, context
         self._decoder = DeviceDecoder(config, weights, self.policy, max_rows, max_rows, context + 1)
@@ -116,20 +141,21 @@ class Steps:
         return partial(self._decoder.decode, inputs, plan, scratch, True)
 
 
-def compile_ahead(steps: Steps, rows: Sequence[int]) -> int:
-    """All candidates of a number of rows, as a step launches them."""
+def try_all(steps: Steps, rows: Sequence[int]) -> None:
+    """One step of a number of rows after the other, until each product had all its candidates."""
     calls = {num_rows: steps.call(num_rows) for num_rows in rows}
-
-    def run() -> None:
-        for num_rows, call in calls.items():
-            listed = {shape: candidates(num_rows, shape) for shape in steps.shapes}
-            for number in range(max(map(len, listed.values()))):
-                steps.policy.tiles = {shape: each[number % len(each)] for shape, each in listed.items()}
-                call()
-        steps.policy.tiles = {}
-        for call in calls.values():
+    for num_rows, call in calls.items():
+        listed = {shape: candidates(num_rows, shape) for shape in steps.shapes}
+        for number in range(max(map(len, listed.values()))):
+            steps.policy.tiles = {shape: each[number % len(each)] for shape, each in listed.items()}
             call()
+    steps.policy.tiles = {}
+    for call in calls.values():
+        call()
 
+
+def compile_ahead(run: Callable[[], None]) -> int:
+    """What `run` would launch, and how many kernels that were."""
     absent = missing(kernels := launched_by(run))
     if absent:
         compile_all(kernels, processes=max(1, (os.cpu_count() or 2) - 1), timeout_s=120.0)
@@ -223,6 +249,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--layers", type=int, default=8, help="of a step")
     parser.add_argument("--quantization", default="fp8", help="formats of weights, comma separated")
+    parser.add_argument("--products", default=",".join(PRODUCTS), help="whose tiles are tried")
     parser.add_argument("--rows", default="1,16,32,64", metavar="ROWS")
     parser.add_argument("--context", type=int, default=1024, help="tokens a row")
     parser.add_argument("--many", default="", metavar="SHAPES", help=f"of {', '.join(MANY_SHAPES)}: many rows")
@@ -238,8 +265,8 @@ def main(argv: Sequence[str]) -> int:
             config, SHAPES / options.shape, torch.bfloat16, "cuda:0", "dummy", pack=False,
             recipe=recipe_for(quantization, config), keep_quantised=True,
         )  # fmt: skip
-        steps = Steps(config, weights, pool, max(rows), options.context)
-        _timed(lines, "compiled", partial(compile_ahead, steps, rows))
+        steps = Steps(config, weights, pool, max(rows), options.context, options.products.split(","))
+        _timed(lines, "compiled", partial(compile_ahead, partial(try_all, steps, rows)))
         for num_rows in rows:
             about: dict[str, object] = {"shape": options.shape, "format": quantization}
             tune(lines, steps, num_rows, about, layers)

@@ -1,7 +1,7 @@
 """How a product with 4-bit weights is cut, by its shape and number of rows: tiles of linear_int4_gluon. Pure.
 
-What a unit costs beside its blocks was measured, as was the table (docs/benchmarks/kernels.md); shapes that were not
-get tiles by the rule. More rows than MOST_ROWS are dequantised first.
+What a unit costs beside its blocks was measured (docs/benchmarks/kernels.md); quantised_table has what is faster than
+the rules here. More rows than MOST_ROWS are dequantised first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from baton.kernels.linear.grouped import block_size
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.quantised_table import tabled
 
 PREFIX = "int4_"
 MOST_ROWS = 128
@@ -26,7 +27,7 @@ TILE_ROWS = 8, 16, 32, 64
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """None: dequantise first."""
-    return _tiles(num_rows, shape, 12, TILE_ROWS) if num_rows <= MOST_ROWS else None
+    return tabled(num_rows, shape) or (_tiles(num_rows, shape, 12, TILE_ROWS) if num_rows <= MOST_ROWS else None)
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:

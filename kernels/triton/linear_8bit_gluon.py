@@ -1,12 +1,13 @@
 """The product of linear_8bit on Hopper, in Gluon: the same sums of 128 inputs, nearer to the speed of memory.
 
-One warp loads blocks of 128 inputs (TMA) into a ring, four warps multiply them, bytes by bytes, both from shared
-memory. A unit is two tiles of 64 rows of W (gate and up if fused), for a part of K; a program takes unit after unit,
-and the ring fills for the next during the epilogue. With pdl the ring fills with W before the kernel before has ended,
-and only x waits for it: the memory is busy while norms and attention are not.
+One warp loads blocks of 128 inputs (TMA) into a ring, one or two groups of four warps take them in turn and multiply
+bytes by bytes, both from shared memory. A unit is two tiles of 64 rows of W (gate and up if fused), for a part of K; a
+program takes unit after unit, and the ring fills for the next during the epilogue. With pdl the ring fills with W
+before the kernel before has ended, and only x waits for it: the memory is busy while norms and attention are not.
 
-FP8's sums of a block are added in float32, in the order of blocks; INT8's are exact: with one number of splits a row's
-bits are the same for every M. Gluon is experimental: `prefill_gluon.is_available`.
+FP8's sums of a block are added in float32, by each group in the order of its blocks, then over both; INT8's with scales
+of rows are exact. So with one number of splits and of groups a row's bits are the same for every M. Gluon is
+experimental: `prefill_gluon.is_available`.
 """
 # mypy: ignore-errors
 
@@ -74,41 +75,39 @@ def _of_x(place, inside):
 
 @gluon.jit
 def _consumer(
-    x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, units, tiles_m, all_rows, num_rows,
-    scale_stride, SECOND: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, TILE_M: gl.constexpr,
-    TILE_N: gl.constexpr, STAGES: gl.constexpr, BLOCKED: gl.constexpr, RUNS: gl.constexpr, FUSED: gl.constexpr,
-    BIAS: gl.constexpr,
+    x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, parts, done, free, units, tiles_m,
+    all_rows, num_rows, scale_stride, SECOND: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
+    TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, BLOCKED: gl.constexpr, RUNS: gl.constexpr,
+    FUSED: gl.constexpr, BIAS: gl.constexpr, GROUPS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 32])
-    EXACT: gl.constexpr = codes.dtype == gl.int8
-    SUM_TYPE: gl.constexpr = gl.int32 if EXACT else gl.float32
+    EXACT: gl.constexpr = codes.dtype == gl.int8 and not (BLOCKED or RUNS)
+    SUM_TYPE: gl.constexpr = gl.int32 if codes.dtype == gl.int8 else gl.float32
     pair_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, WIDTH], codes.dtype)
     pairs = codes._reinterpret(codes.dtype, [STAGES, 2 * ROWS, WIDTH], pair_layout)
     row = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(1, SUMS))
     row = gl.where(row < ROWS, row, row - ROWS + SECOND)
     column = gl.arange(0, TILE_M, layout=gl.SliceLayout(0, SUMS))
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        first_step = (unit - gl.program_id(0)) // gl.num_programs(0) * BLOCKS
+        number = (unit - gl.program_id(0)) // gl.num_programs(0)
         tile_m, tile_n, split = place_of_unit(unit, tiles_m, SPLITS)
         first_row, of_x = tile_n * TILE_N, tile_m * TILE_M + column
         inside = of_x < num_rows
-        first_block = split * BLOCKS
+        first_step, first_block = number * BLOCKS, split * BLOCKS
         of_row = (first_row + row) // WIDTH * (BLOCKS * SPLITS)
-        if not BLOCKED:
-            output_scale = gl.load(scale_ptr + first_row + row)
-        mbarrier.wait(full.index(first_step % STAGES), (first_step // STAGES) & 1)  # x and its scales are there
-        if not RUNS:
-            row_scale = _of_x(x_scale_ptr + of_x, inside)
-        total = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
-        sums = gl.zeros([2 * ROWS, TILE_M], SUM_TYPE, layout=SUMS)
+        next_block = first_block + INDEX
         if BLOCKED:
-            next_of_row = gl.load(scale_ptr + of_row + first_block)
+            next_of_row = gl.load(scale_ptr + of_row + next_block)
         if RUNS:
-            next_of_x = _of_x(x_scale_ptr + first_block * scale_stride + of_x, inside)
-        for block in range(0, BLOCKS):
+            own = first_step + INDEX  # of another group's stage the phase may be the next but one
+            mbarrier.wait(full.index(own % STAGES), (own // STAGES) & 1)  # x and its scales are there
+            next_of_x = _of_x(x_scale_ptr + next_block * scale_stride + of_x, inside)
+        total = gl.zeros([2 * ROWS, TILE_M], gl.int32 if EXACT else gl.float32, layout=SUMS)
+        sums = gl.zeros([2 * ROWS, TILE_M], SUM_TYPE, layout=SUMS)
+        for block in range(INDEX, BLOCKS, GROUPS):
             step = first_step + block
             stage = step % STAGES
-            next_block = first_block + gl.minimum(block + 1, BLOCKS - 1)
+            next_block = first_block + gl.minimum(block + GROUPS, BLOCKS - 1)
             if BLOCKED:
                 block_scale = gl.expand_dims(next_of_row, 1)
                 next_of_row = gl.load(scale_ptr + of_row + next_block)
@@ -117,72 +116,123 @@ def _consumer(
                 next_of_x = _of_x(x_scale_ptr + next_block * scale_stride + of_x, inside)
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             x = x_tiles.index(stage).permute((1, 0))
-            if EXACT and not (BLOCKED or RUNS):
-                flying = warpgroup_mma(pairs.index(stage), x, sums, is_async=True)
-                sums = warpgroup_mma_wait(0, deps=[flying])
-                mbarrier.arrive(empty.index(stage), count=1)
+            if EXACT:
+                flying = warpgroup_mma(pairs.index(stage), x, total, is_async=True)
+                total = warpgroup_mma_wait(0, deps=[flying])
             else:
                 flying = warpgroup_mma(pairs.index(stage), x, sums, use_acc=False, is_async=True)
                 sums = warpgroup_mma_wait(0, deps=[flying])
-                mbarrier.arrive(empty.index(stage), count=1)
-                if BLOCKED and RUNS:
-                    total += sums.to(gl.float32) * (run_scale * block_scale)
-                elif RUNS:
-                    total += sums.to(gl.float32) * run_scale
-                elif BLOCKED:
-                    total += sums.to(gl.float32) * block_scale
-                else:
-                    total += sums
-        if EXACT and not (BLOCKED or RUNS):
-            total = sums.to(gl.float32)
-        if not RUNS:
-            total *= gl.expand_dims(row_scale, 0)
-        if not BLOCKED:
-            total *= gl.expand_dims(output_scale, 1)
-        if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
-            if split == 0:
-                total += gl.expand_dims(gl.load(bias_ptr + first_row + row).to(gl.float32), 1)
-        n = all_rows // 2 if FUSED else all_rows
-        store_unit(total, out_ptr, first_row, tile_m * TILE_M, split, n, num_rows, TILE_M, FUSED, SUMS)
+            mbarrier.arrive(empty.index(stage), count=1)
+            if BLOCKED and RUNS:
+                total += sums.to(gl.float32) * (run_scale * block_scale)
+            elif RUNS:
+                total += sums.to(gl.float32) * run_scale
+            elif BLOCKED:
+                total += sums.to(gl.float32) * block_scale
+            elif not EXACT:
+                total += sums
+        if INDEX > 0:
+            mbarrier.wait(free, (number & 1) ^ 1)
+            parts.store(total)
+            mbarrier.arrive(done, count=1)
+        else:
+            if not RUNS:
+                row_scale = _of_x(x_scale_ptr + of_x, inside)
+            if not BLOCKED:
+                output_scale = gl.load(scale_ptr + first_row + row)
+            if GROUPS > 1:
+                mbarrier.wait(done, number & 1)
+                total += parts.load(SUMS)
+                mbarrier.arrive(free, count=1)
+            result = total.to(gl.float32)
+            if not RUNS:
+                result *= gl.expand_dims(row_scale, 0)
+            if not BLOCKED:
+                result *= gl.expand_dims(output_scale, 1)
+            if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
+                if split == 0:
+                    result += gl.expand_dims(gl.load(bias_ptr + first_row + row).to(gl.float32), 1)
+            n = all_rows // 2 if FUSED else all_rows
+            store_unit(result, out_ptr, first_row, tile_m * TILE_M, split, n, num_rows, TILE_M, FUSED, SUMS)
 
 
 @gluon.jit(do_not_specialize=["units", "tiles_m", "all_rows", "num_rows", "scale_stride"])
 def _linear_8bit_gluon_kernel(
     x_desc, codes_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr, units, tiles_m, all_rows, num_rows, scale_stride,
-    SECOND: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr,
-    STAGES: gl.constexpr, BLOCKED: gl.constexpr, RUNS: gl.constexpr, FUSED: gl.constexpr, BIAS: gl.constexpr,
-    PDL: gl.constexpr,
+    SECOND: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr, STAGES: gl.constexpr, BLOCKED: gl.constexpr, RUNS: gl.constexpr, FUSED: gl.constexpr,
+    BIAS: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     CODES: gl.constexpr = codes_desc.dtype
     codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], CODES)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_M, WIDTH], CODES)
     codes = gl.allocate_shared_memory(CODES, [STAGES * 2, 64, WIDTH], codes_layout)
     x_tiles = gl.allocate_shared_memory(CODES, [STAGES, TILE_M, WIDTH], x_layout)
+    PART_TYPE: gl.constexpr = gl.int32 if gl.int8 == CODES and not (BLOCKED or RUNS) else gl.float32
+    parts = gl.allocate_shared_memory(
+        PART_TYPE, [2 * ROWS, TILE_M if GROUPS > 1 else 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ending = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    gl.warp_specialize(
-        [
-            (
-                _consumer,
+    done, free = ending.index(0), ending.index(1)
+    mbarrier.init(done, count=1)
+    mbarrier.init(free, count=1)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, units, tiles_m, all_rows,
-                    num_rows, scale_stride, SECOND, BLOCKS, SPLITS, TILE_M, TILE_N, STAGES, BLOCKED, RUNS, FUSED, BIAS,
+                    _consumer,
+                    (
+                        x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, parts, done, free,
+                        units, tiles_m, all_rows, num_rows, scale_stride, SECOND, BLOCKS, SPLITS, TILE_M, TILE_N,
+                        STAGES, BLOCKED, RUNS, FUSED, BIAS, GROUPS, 0,
+                    ),
                 ),
-            ),
-            (
-                _producer,
                 (
-                    x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND, BLOCKS, SPLITS, TILE_M,
-                    TILE_N, STAGES, PDL,
+                    _consumer,
+                    (
+                        x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, parts, done, free,
+                        units, tiles_m, all_rows, num_rows, scale_stride, SECOND, BLOCKS, SPLITS, TILE_M, TILE_N,
+                        STAGES, BLOCKED, RUNS, FUSED, BIAS, GROUPS, 1,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+                (
+                    _producer,
+                    (
+                        x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND, BLOCKS, SPLITS,
+                        TILE_M, TILE_N, STAGES, PDL,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [112 if TILE_M <= 32 else 216, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (
+                        x_scale_ptr, scale_ptr, bias_ptr, out_ptr, codes, x_tiles, full, empty, parts, done, free,
+                        units, tiles_m, all_rows, num_rows, scale_stride, SECOND, BLOCKS, SPLITS, TILE_M, TILE_N,
+                        STAGES, BLOCKED, RUNS, FUSED, BIAS, GROUPS, 0,
+                    ),
+                ),
+                (
+                    _producer,
+                    (
+                        x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND, BLOCKS, SPLITS,
+                        TILE_M, TILE_N, STAGES, PDL,
+                    ),
+                ),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
 
 
 def linear_8bit_gluon(
@@ -206,6 +256,9 @@ def linear_8bit_gluon(
     require(tiles.splits == 1 or out.dtype == torch.float32, "parts of a sum must be float32")
     require(tiles.tile_k == BLOCK and tiles.tile_n == tile_n, f"{tiles} are not of {tile_n} x {BLOCK}")
     require(n % tile_n == 0 and k % (tiles.splits * BLOCK) == 0, f"{tiles} do not divide [{n}, {k}]")
+    # A barrier has two phases: a group that waits for a stage that another group was to wait for before may be early.
+    require(tiles.stages % (tiles.warps // 4) == 0, f"{tiles}: groups of warps would share stages")
+    require(k // tiles.splits >= tiles.warps // 4 * BLOCK, f"{tiles} leave a group of warps nothing")
     require(not fused or (tiles.splits == 1 and bias is None), "a fused product has one split and no bias")
     require(bias is None or bias.shape == (n,), "bias is not [N]")
     wanted = (codes.shape[0] // BLOCK, k // BLOCK) if blocked else (codes.shape[0],)
@@ -223,13 +276,14 @@ def linear_8bit_gluon(
     tiles_m = triton.cdiv(num_rows, tiles.tile_m)
     units = tiles_m * (n // tile_n) * tiles.splits
     options = {"launch_pdl": True} if pdl else {}
-    options["maxnreg"] = 112 if tiles.tile_m <= 32 else 176  # leaves room beside the kernel before, where W may wait
+    # Leaves room beside the kernel before, where W may wait.
+    options["maxnreg"] = {4: (112, 176), 8: (88, 168)}[tiles.warps][tiles.tile_m > 32]
     _linear_8bit_gluon_kernel[(min(num_sms * programs_that_fit(tiles), units),)](
         _descriptor(x.codes, tiles.tile_m), _descriptor(codes, rows), x.scales, scales,
         scales if bias is None else bias, out, units, tiles_m, codes.shape[0], num_rows, x.scales.shape[-1],
         SECOND=n if fused else rows, BLOCKS=k // BLOCK // tiles.splits, SPLITS=tiles.splits, TILE_M=tiles.tile_m,
-        TILE_N=tile_n, STAGES=tiles.stages, BLOCKED=blocked, RUNS=runs, FUSED=fused, BIAS=bias is not None, PDL=pdl,
-        num_warps=4, **options,
+        TILE_N=tile_n, STAGES=tiles.stages, BLOCKED=blocked, RUNS=runs, FUSED=fused, BIAS=bias is not None,
+        GROUPS=tiles.warps // 4, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
 
 

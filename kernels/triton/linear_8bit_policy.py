@@ -6,6 +6,7 @@ Rows past MOST_ROWS are cuBLAS's or, of INT8, product_8bit_gluon's; where these 
 from __future__ import annotations
 
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.quantised_table import tabled
 
 FORMATS = ("fp8_row", "fp8_block", "int8_row")
 BLOCK = 128
@@ -17,6 +18,8 @@ PROGRAMS = 132
 """Of an H100 or H200."""
 GLUON_ROWS = {"fp8_row": 64, "int8_row": 64, "fp8_block": 8}
 """The most rows of which linear_8bit_gluon is ahead of linear_8bit, by format."""
+GROUPS = {"fp8_row": 1, "int8_row": 1, "fp8_block": 2}
+"""Of four warps: with two, those of one block wait for its scales while the others multiply."""
 TILE_ROWS = 8, 16, 32, 64
 """Of x in a tile."""
 MOST_STAGES = 12
@@ -27,7 +30,7 @@ MANY_STAGES = 4
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The fastest way for num_rows rows of x; None: another kernel's."""
-    return _tiles(num_rows, shape) if num_rows <= MOST_ROWS else None
+    return tabled(num_rows, shape) or (_tiles(num_rows, shape) if num_rows <= MOST_ROWS else None)
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -58,14 +61,17 @@ def stage_bytes(tile_m: int) -> int:
     return (128 + tile_m) * BLOCK
 
 
-def stages_that_fit(tile_m: int, programs: int = 1) -> int:
-    """With so many programs on a multiprocessor; each has 2 KiB more, and the system 1 KiB of each."""
-    return min(MOST_STAGES, (SHARED_BYTES // programs - 3 * 1024) // stage_bytes(tile_m))
+def stages_that_fit(tile_m: int, programs: int = 1, groups: int = 1) -> int:
+    """With so many programs on a multiprocessor, of so many groups of warps: a multiple of these, so that a stage has
+    one group that waits for it. Beside them are the sums of a second group, and 3 KiB."""
+    room = SHARED_BYTES // programs - 3 * 1024 - (groups - 1) * 128 * tile_m * 4
+    return min(MOST_STAGES, room // stage_bytes(tile_m)) // groups * groups
 
 
 def programs_that_fit(tiles: Tiles) -> int:
     """On a multiprocessor, by shared memory and registers."""
-    return 2 if tiles.tile_m <= 32 and tiles.stages <= stages_that_fit(tiles.tile_m, 2) else 1
+    few = tiles.warps == 4 and tiles.tile_m <= 32
+    return 2 if few and tiles.stages <= stages_that_fit(tiles.tile_m, 2) else 1
 
 
 def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -74,9 +80,12 @@ def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     splits = _splits(shape, tile_n)
+    blocks = shape.inputs // BLOCK // splits
+    groups = min(GROUPS[shape.weight_format], blocks)
     units = shape.outputs // tile_n * splits * -(-num_rows // tile_m)
-    blocks = -(-units // PROGRAMS) * (shape.inputs // BLOCK // splits)
-    return Tiles(tile_n, BLOCK, tile_m, min(stages_that_fit(tile_m), max(3, blocks)), splits)
+    of_group = -(-(-(-units // PROGRAMS) * blocks) // groups)
+    stages = min(stages_that_fit(tile_m, 1, groups), max(3, of_group) * groups)
+    return Tiles(tile_n, BLOCK, tile_m, stages, splits, 4 * groups)
 
 
 def _splits(shape: ProductShape, tile_n: int) -> int:

@@ -128,8 +128,8 @@ def test_hopper_kernels(gluon, code_type):
     check(13, 4096, 2048, Tiles(64, 128, 16, 12, 1), fused=True, pdl=True)
     check(60, 2048, 4096, Tiles(128, 128, 64, 9, 2), biased=True)
     check(3, 2048, 4096, Tiles(128, 128, 8, 11, 2), runs=True)
-    check(7, 2048, 4096, Tiles(128, 128, 8, 5, 4), **blocked)
-    check(33, 4096, 2048, Tiles(64, 128, 64, 4, 1), fused=True, **blocked)
+    check(7, 2048, 4096, Tiles(128, 128, 8, 6, 2, 8), **blocked)
+    check(33, 4096, 2048, Tiles(64, 128, 64, 4, 1, 8), fused=True, **blocked)
     check(130, 2048, 4096, Tiles(128, 128, 64, 9, 2), **blocked)
 
 
@@ -139,6 +139,7 @@ def test_hopper_products_of_more_units_than_programs(gluon, code_type):
     check = partial(checks.check_linear_8bit, GPU, code_type, 9, 40960, 1024, product=gluon, tolerance=5e-4)
     check(Tiles(128, 128, 16, 11, 1), pdl=True)
     check(Tiles(128, 128, 16, 5, 2))
+    check(Tiles(128, 128, 16, 6, 1, 8))
     check(Tiles(64, 128, 16, 7, 1), fused=True)
 
 

@@ -324,7 +324,8 @@ def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
 
 
 def linears_8bit_gluon(rows: int, blocked: bool) -> None:
-    """Of FP8 and INT8, split and fused, as many stages as two programs on a multiprocessor leave room for."""
+    """Of FP8 and INT8, split and fused, as many stages as two programs on a multiprocessor leave room for; of
+    scales of blocks one program, of two groups of warps."""
     from baton.kernels.triton.linear_8bit_gluon import linear_8bit_gluon
     from baton.kernels.triton.linear_8bit_policy import stages_that_fit
     from baton.kernels.triton.linear_policy import Tiles
@@ -338,7 +339,9 @@ def linears_8bit_gluon(rows: int, blocked: bool) -> None:
             x = CodedRows(empty(rows, k, dtype=code_type), of_x)
             codes = empty(wide, k, dtype=code_type)
             scales = empty(*((wide // 128, k // 128) if blocked else (wide,)), dtype=torch.float32)
-            tiles = Tiles(64 if fused else 128, 128, rows, stages_that_fit(rows, 2), 1 if fused else 2)
+            groups = 2 if blocked else 1
+            stages = stages_that_fit(rows, 2 // groups, groups)
+            tiles = Tiles(64 if fused else 128, 128, rows, stages, 1 if fused else 2, 4 * groups)
             out = empty(rows, n) if fused else empty(2, rows, n, dtype=torch.float32)
             linear_8bit_gluon(x, codes, scales, None, tiles, 132, out, fused=fused, pdl=True)
 

@@ -6,6 +6,8 @@ import pytest
 
 from baton.kernels.triton import int4_policy, linear_8bit_policy
 from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, ProductShape
+from baton.kernels.triton.quantised_table import FORMATS, TABLE, TILE_ROWS, tabled
+from baton.models.cuda.products import fastest
 
 SHAPES = (
     *(QKV_8B, O_8B, GATE_UP_8B, DOWN_8B),
@@ -37,8 +39,12 @@ def test_tiles_of_8_bit_weights_fit(weight_format):
         for rows in ROWS:
             tiles = linear_8bit_policy.invariant(rows, shape._replace(weight_format=weight_format))
             assert tiles is not None and shape.inputs % (tiles.splits * tiles.tile_k) == 0, (shape, rows, tiles)
+            groups = tiles.warps // 4
+            assert tiles.stages % groups == 0 and tiles.stages >= 2 * groups, (shape, rows, tiles)
             stages = tiles.stages * linear_8bit_policy.stage_bytes(tiles.tile_m)
-            assert linear_8bit_policy.by_gluon(rows, tiles, shape.fused, 256) and stages < MOST_SHARED_BYTES
+            sums = (groups - 1) * 128 * tiles.tile_m * 4
+            assert linear_8bit_policy.by_gluon(rows, tiles, shape.fused, 256)
+            assert stages + sums + 1024 <= MOST_SHARED_BYTES, (shape, rows, tiles)
 
 
 def test_64_outputs_more_than_a_multiple_of_128_are_the_portable_kernel_s():
@@ -48,3 +54,33 @@ def test_64_outputs_more_than_a_multiple_of_128_are_the_portable_kernel_s():
     assert tiles is not None and not linear_8bit_policy.by_gluon(1, tiles, False, 64)
     portable = linear_8bit_policy.portable(1, tiles, False, shape.inputs)
     assert shape.outputs % portable.tile_n == 0 and shape.inputs % (portable.splits * portable.tile_k) == 0
+
+
+def test_entries_of_the_table_are_tiles_that_the_kernels_take():
+    """Guards against an entry that a launch refuses, that does not fit, that asks for more memory for parts of sums
+    than is set aside, or that is never found."""
+    for weight_format, of_format in ((each, TABLE[name]) for each, name in FORMATS.items()):
+        of_4_bits = weight_format.startswith(int4_policy.PREFIX)
+        for tile_m, shape, tiles in (
+            (tile_m, shape._replace(weight_format=weight_format), tiles)
+            for tile_m, by_shape in of_format.items()
+            for shape, tiles in by_shape.items()
+        ):
+            groups = tiles.warps // 4
+            assert tabled(tile_m, shape) == fastest(tile_m, shape) == tiles and tile_m == tiles.tile_m in TILE_ROWS
+            assert tiles.tile_k == (int4_policy.block_of(shape) if of_4_bits else 128)
+            assert tiles.tile_n == (64 if shape.fused else 128) and shape.outputs % tiles.tile_n == 0
+            assert shape.inputs % (tiles.splits * tiles.tile_k) == 0 and not (shape.fused and tiles.splits > 1)
+            assert groups in ((2, 3) if of_4_bits else (1, 2)) and tiles.stages % groups == 0
+            stage = 128 * tiles.tile_k // 2 + 2 * tile_m * tiles.tile_k
+            stage = stage if of_4_bits else linear_8bit_policy.stage_bytes(tile_m)
+            assert tiles.stages * stage + (groups - 1) * 128 * tile_m * 4 + 1024 <= MOST_SHARED_BYTES
+            planned = max(fastest(rows, shape).splits * rows for rows in (1, 16, 32, 64, 128))
+            assert all(fastest(rows, shape).splits * rows <= planned for rows in range(1, 129))
+
+
+def test_rows_between_and_shapes_without_an_entry_follow_the_rules():
+    """Guards against an entry for other tiles of x, and deterministic runs that take it."""
+    shape = O_8B._replace(weight_format="fp8_row")
+    assert tabled(65, shape) is None and tabled(16, DOWN_8B) is None
+    assert linear_8bit_policy.invariant(16, shape).splits == linear_8bit_policy.invariant(1, shape).splits
