@@ -471,7 +471,7 @@ class DecodeRole:
 
     def _count_drafts(self, sequence: Sequence, drawn: Drawn, num_appended: int) -> None:
         num_accepted = len(drawn.token_ids) - 1
-        if drawn.predicted:
+        if drawn.source == "prediction":
             sequence.num_predicted += min(num_accepted, num_appended)
         sequence.draft_record.verified(drawn.num_drafts, num_accepted)
         self.counters.spec_decode_num_drafts += 1

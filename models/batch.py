@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob, SamplingSpec
+
+DraftSource = Literal["history", "prediction", "answers", "eagle"]
+"""Where drafts come from: the sequence itself, what the client predicts, past answers, a model beside the model."""
 
 
 class Draw(NamedTuple):
@@ -30,6 +33,8 @@ class Draw(NamedTuple):
     """Tokens generated before this one; at least so many, while drafts are in flight."""
     prediction: Sequence[int] = ()
     """Tokens of which the client says that they may follow the prompt."""
+    past_answers: Sequence[int] = ()
+    """Tokens that followed similar prompts."""
 
     @property
     def is_masked(self) -> bool:
@@ -87,8 +92,8 @@ class Drawn(NamedTuple):
     """One a token where the row's SamplingSpec asks for them, else empty."""
     num_drafts: int = 0
     """Drafts that were verified."""
-    predicted: bool = False
-    """The drafts came from the client's prediction."""
+    source: DraftSource = "history"
+    """Where they came from."""
 
 
 @dataclass(frozen=True, slots=True)

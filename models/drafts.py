@@ -16,19 +16,24 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from baton.models.batch import Draw, Row
+from baton.models.batch import DraftSource, Draw, Row
 from baton.node.messages.control import SamplingSpec
 
 LEAST_MATCH, LONGEST_MATCH = 2, 16
 """Tokens of an end that are compared."""
+FOLLOWED_MATCH = 4
+"""A match of so many tokens is better than to go on where the last drafts came from."""
 SEARCHED = 32768
 """Newest tokens among which an end is looked for."""
 
 
+MOST_ANSWER_TOKENS = 4096
+"""Of past answers, in which an end is looked for as well."""
+
+
 class Drafts(NamedTuple):
     token_ids: tuple[int, ...]
-    predicted: bool = False
-    """They come from the client's prediction."""
+    source: DraftSource = "history"
 
 
 NO_DRAFTS = Drafts(())
@@ -46,18 +51,25 @@ class NgramDrafter:
     """Proposes what followed the sequence's last tokens before, in itself or in the client's prediction."""
 
     def propose(self, draw: Draw, most: int) -> Drafts:
-        return propose(draw.history, draw.prediction, most)
+        return propose(draw.history, draw.prediction, most, draw.past_answers)
 
 
-def propose(known: Sequence[int], prediction: Sequence[int], most: int) -> Drafts:
-    """Drafts behind `known`. The longest match wins; of equals one in the prediction, then the last.
+def propose(
+    known: Sequence[int],
+    prediction: Sequence[int],
+    most: int,
+    answers: Sequence[int] = (),
+    cursor: int | None = None,
+) -> Drafts:
+    """Drafts behind `known`. The longest match wins; of equals one in the prediction, then in `known`, then the last.
 
     A match of n tokens gives up to drafts_of(n): a short one says little of what follows. Where a sequence repeats
-    itself, its drafts do.
+    itself, its drafts do. cursor: the place behind the last drafts and as many tokens as were drawn since, in answers,
+    prediction and known tokens joined: a token that was drawn in place of another does not end what they follow.
     """
     own = np.asarray(known[-SEARCHED:], dtype=np.int64)
-    tokens = np.concatenate((np.asarray(prediction, dtype=np.int64), own))
-    num_predicted = len(tokens) - len(own)
+    tokens = np.concatenate([np.asarray(each, dtype=np.int64) for each in (answers, prediction, own)])
+    num_answers, num_before = len(answers), len(tokens) - len(own)
     end = len(tokens)
     most_compared = min(LONGEST_MATCH, len(own))
     places = np.flatnonzero(tokens[: end - 1] == tokens[end - 1]) + 1 if most_compared else np.empty(0, np.int64)
@@ -66,15 +78,21 @@ def propose(known: Sequence[int], prediction: Sequence[int], most: int) -> Draft
         going = (lengths == back - 1) & (places >= back)
         going[going] = tokens[places[going] - back] == tokens[end - back]
         lengths[going] = back
-    if not len(places) or lengths.max() < LEAST_MATCH:
+    most_matched = int(lengths.max()) if len(places) else 0
+    if cursor is not None and most_matched < FOLLOWED_MATCH:
+        place, count = cursor, most
+    elif most_matched < LEAST_MATCH:
         return NO_DRAFTS
-    longest = places[lengths == lengths.max()]
-    inside = longest[longest < num_predicted]
-    place = int((inside if len(inside) else longest)[-1])
-    count = min(most, drafts_of(int(lengths.max())))
-    if len(inside):
-        return Drafts(tuple(tokens[place : min(place + count, num_predicted)].tolist()), predicted=True)
-    return Drafts(tuple(tokens[place + np.arange(count) % (end - place)].tolist()))
+    else:
+        longest = places[lengths == most_matched]
+        predicted = longest[(longest >= num_answers) & (longest < num_before)]
+        known_places = longest[longest >= num_before]
+        place = int(next(each for each in (predicted, known_places, longest) if len(each))[-1])
+        count = min(most, drafts_of(most_matched))
+    if place >= num_before:
+        return Drafts(tuple(tokens[place + np.arange(count) % (end - place)].tolist()))
+    source: DraftSource = "prediction" if place >= num_answers else "answers"
+    return Drafts(tuple(tokens[place : min(place + count, num_before)].tolist()), source)
 
 
 def drafts_of(match_length: int) -> int:

@@ -52,6 +52,6 @@ class Verified:
                 tuple(entry.token_ids[0] for entry in kept),
                 tuple(logprob for entry in kept for logprob in entry.logprobs),
                 len(drafts.token_ids),
-                drafts.predicted,
+                drafts.source,
             )
         return result

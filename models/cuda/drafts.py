@@ -20,7 +20,7 @@ from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.batch import Row
 from baton.models.cuda.queue import Queue, Upload, copy_async
-from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, SEARCHED, may_draft
+from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, MOST_ANSWER_TOKENS, SEARCHED, may_draft
 from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
 
@@ -34,7 +34,8 @@ class DraftSlots:
         self.most_drafts, self.queries = most_drafts, queries
         self._queue, self._max_len = queue, max_len
         room = max_len + most_drafts + 1
-        self.kept = SlotDrafts.make(num_slots + 1, most_drafts, MAX_PREDICTION_TOKENS, room, queue.device)
+        before = MAX_PREDICTION_TOKENS + MOST_ANSWER_TOKENS
+        self.kept = SlotDrafts.make(num_slots + 1, most_drafts, before, room, queue.device)
         self._places = Places.make(num_tokens, queue.device)
         width = IDS.value + most_drafts + 1
         self.results = torch.zeros(num_tokens, width, dtype=torch.int32, device=queue.device)
@@ -49,17 +50,17 @@ class DraftSlots:
         assert draw is not None and row.token_ids, "a row that brings its tokens, and draws"
         length = row.start + len(row.token_ids)
         searches = searches and may_draft(draw.sampling) and len(draw.history) >= length
-        predicted = draw.prediction if searches else ()
+        predicted, answers = (draw.prediction, draw.past_answers) if searches else ((), ())
         line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
         line[columns.LENGTH.value] = length
         line[columns.LIMIT.value] = min(max_len, draw.prompt_len + draw.sampling.max_tokens)
         line[columns.LAST.value] = row.token_ids[-1]
         line[columns.SEARCHES.value] = searches
-        line[columns.NUM_PREDICTED.value] = len(predicted)
+        line[columns.NUM_PREDICTED.value], line[columns.NUM_ANSWERS.value] = len(predicted), len(answers)
         self._begun[row.slot] = line
         if searches:
-            text = np.fromiter((*predicted, *draw.history[:length]), dtype=np.int32)
-            first = self.kept.begin - len(predicted)
+            text = np.fromiter((*answers, *predicted, *draw.history[:length]), dtype=np.int32)
+            first = self.kept.begin - len(predicted) - len(answers)
             sent = self._queue.host_buffer(text.size)
             sent.numpy()[:] = text
             target = self.kept.text[row.slot, first : first + text.size]
@@ -100,4 +101,7 @@ class DraftSlots:
         if first_without is not None:
             self._places.taken[first_without : len(slots)].zero_()
         accept(drawn, slots, self._places, self.kept, results)
-        propose(slots, self._places, self.kept, results, searched=SEARCHED, longest=LONGEST_MATCH, least=LEAST_MATCH)
+        propose(
+            slots, self._places, self.kept, results, searched=SEARCHED, longest=LONGEST_MATCH, least=LEAST_MATCH,
+            followed=FOLLOWED_MATCH,
+        )  # fmt: skip

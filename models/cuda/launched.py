@@ -9,15 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from baton.kernels.triton.drafts import IDS, NUM_DRAWN, NUM_NEXT, NUM_VERIFIED, WAS_PREDICTED
+from baton.kernels.triton.drafts import IDS, NUM_DRAWN, NUM_NEXT, NUM_VERIFIED, WAS_FROM
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
-from baton.models.batch import DeviceTime, Drawn
+from baton.models.batch import DeviceTime, DraftSource, Drawn
 from baton.models.cuda.queue import Queue, QueueMark
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob
 
 NUM_TOP = MOST.value
+SOURCES: tuple[DraftSource, ...] = ("history", "prediction", "answers")
+"""By the number that kernels.triton.draft_inputs gives them."""
 
 
 class ScoredPart(NamedTuple):
@@ -99,7 +101,7 @@ class StepResult:
                     tuple(line[IDS.value : IDS.value + line[NUM_DRAWN.value]]),
                     self._logprobs_of(row, num_tops[row]),
                     line[NUM_VERIFIED.value],
-                    bool(line[WAS_PREDICTED.value]),
+                    SOURCES[line[WAS_FROM.value]],
                 )
                 for row, line in enumerate(self._accepted[: len(num_tops)].tolist())
             ]

@@ -493,13 +493,13 @@ def drafts() -> None:
     def ids(*shape: int) -> torch.Tensor:
         return empty(*shape, dtype=torch.int32)
 
-    kept = module.SlotDrafts(ids(257, 8), ids(257, 7), ids(257, 4096), 1024)
+    kept = module.SlotDrafts(ids(257, 16), ids(257, 7), ids(257, 4096), ids(257, 2), 1024)
     places = draft_inputs.Places(ids(256), ids(256), ids(256), ids(256))
     inputs = step_inputs.StepInputs(ids(64), ids(64), ids(64), ids(64), ids(64, 64))
     draft_inputs.gather_drafts(ids(256), ids(256), kept.state, kept.drafts, ids(257, 64), 64, inputs, places, 4)
     results = ids(64, 12)
     module.accept(ids(64), ids(64), places, kept, results)
-    module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2)
+    module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2, followed=4)
 
 
 def product_8bit() -> None:

@@ -10,7 +10,8 @@ from baton.kernels.triton import draft_inputs as columns
 from baton.kernels.triton.draft_inputs import Places, gather_drafts
 from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
 from baton.kernels.triton.step_inputs import StepInputs
-from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, num_accepted
+from baton.models.cuda.launched import SOURCES
+from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, num_accepted
 from baton.models.drafts import propose as proposed
 
 BLOCK = 16
@@ -27,27 +28,52 @@ def share(wanted: list[int], room: int) -> list[int]:
     return taken
 
 
-def check_step(device: str, seed: int, num_slots: int = 9, most_drafts: int = 5, num_rows: int = 6, spare: int = 7):
-    """One step of gather, accept and propose over random slots; rows at their limit, and of padding, among them."""
+def check_step(
+    device: str,
+    seed: int,
+    num_slots: int = 9,
+    most_drafts: int = 5,
+    num_rows: int = 6,
+    spare: int = 7,
+    searched: int = 64,
+    answered: int = 20,
+):
+    """One step of gather, accept and propose over random slots; rows at their limit, and of padding, among them.
+    searched: newest tokens that are compared, in texts of up to a few more; answered: tokens of past answers at most.
+    """
     chance = random.Random(seed)
-    kept = SlotDrafts.make(num_slots + 1, most_drafts, 32, 128, device)
-    width = 8
+    kept = SlotDrafts.make(num_slots + 1, most_drafts, 32 + answered, searched + 64, device)
+    width = (searched + 64) // BLOCK
     tables = torch.tensor([chance.sample(range(500), width) for _ in range(num_slots + 1)], dtype=torch.int32)
     predictions = [[chance.randrange(3) for _ in range(chance.randrange(20))] for _ in range(num_slots)]
-    known = [[chance.randrange(3) for _ in range(chance.randrange(1, 90))] for _ in range(num_slots)]
+    answers = [[chance.randrange(3) for _ in range(chance.randrange(answered))] for _ in range(num_slots)]
+    known = [[chance.randrange(3) for _ in range(chance.randrange(1, searched + 26))] for _ in range(num_slots)]
+    for each in known[::2]:  # two of three match nowhere for long
+        each[:] = [chance.randrange(999) for _ in each]
     drafts = [[chance.randrange(3) for _ in range(most_drafts)] for _ in range(num_slots)]
     nums = [chance.randrange(most_drafts + 1) for _ in range(num_slots)]
     limits = [len(each) + chance.choice([0, 1, 2, 30]) for each in known]
+    sources = [chance.randrange(3) for _ in range(num_slots)]
+    missed = [chance.randrange(2) for _ in range(num_slots)]
+    firsts = [kept.begin - len(predictions[slot]) - len(answers[slot]) for slot in range(num_slots)]
+    cursors = [
+        chance.randrange(kept.begin, kept.begin + len(known[slot]))
+        if sources[slot] == 0
+        else chance.choice([0, chance.randrange(firsts[slot], kept.begin + 1)])
+        for slot in range(num_slots)
+    ]
     for slot in range(num_slots):
         line = torch.zeros(columns.COLUMNS.value, dtype=torch.int32)
         line[columns.LENGTH.value], line[columns.LIMIT.value] = len(known[slot]), limits[slot]
         line[columns.LAST.value], line[columns.NUM_DRAFTS.value] = known[slot][-1], nums[slot]
         line[columns.SEARCHES.value], line[columns.NUM_PREDICTED.value] = 1, len(predictions[slot])
+        line[columns.NUM_ANSWERS.value] = len(answers[slot])
+        line[columns.SOURCE.value], line[columns.MISSED.value] = sources[slot], missed[slot]
+        line[columns.CURSOR.value] = cursors[slot]
         kept.state[slot] = line.to(device)
         kept.drafts[slot] = torch.tensor(drafts[slot], dtype=torch.int32, device=device)
-        text = torch.tensor([*predictions[slot], *known[slot]], dtype=torch.int32, device=device)
-        begin = kept.begin - len(predictions[slot])
-        kept.text[slot, begin : begin + len(text)] = text
+        text = torch.tensor([*answers[slot], *predictions[slot], *known[slot]], dtype=torch.int32, device=device)
+        kept.text[slot, firsts[slot] : firsts[slot] + len(text)] = text
     rows = chance.sample(range(num_slots), num_rows)
     most = [chance.randrange(most_drafts + 1) for _ in rows]
     num_tokens = num_rows + spare
@@ -81,7 +107,16 @@ def check_step(device: str, seed: int, num_slots: int = 9, most_drafts: int = 5,
     drawn, first = [chance.randrange(3) for _ in range(num_tokens)], num_rows
     results = torch.full((num_tokens, IDS.value + most_drafts + 1), -7, dtype=torch.int32, device=device)
     accept(torch.tensor(drawn, dtype=torch.int32, device=device), places.slots, places, kept, results)
-    propose(places.slots, places, kept, results, searched=64, longest=LONGEST_MATCH, least=LEAST_MATCH)
+    propose(
+        places.slots,
+        places,
+        kept,
+        results,
+        searched=searched,
+        longest=LONGEST_MATCH,
+        least=LEAST_MATCH,
+        followed=FOLLOWED_MATCH,
+    )
     for place in range(num_rows, num_tokens):
         assert int(results[place, 0]) == 0
     for row, (slot, count, lives) in enumerate(zip(rows, taken, alive, strict=True)):
@@ -95,8 +130,22 @@ def check_step(device: str, seed: int, num_slots: int = 9, most_drafts: int = 5,
         assert state[columns.LENGTH.value] == len(text) and state[columns.LAST.value] == text[-1]
         if not lives:
             continue
-        next_drafts = proposed(text[-64:], predictions[slot], most_drafts) if len(text) <= 64 else None
         assert result[1] == count and result[3] == state[columns.NUM_DRAFTS.value]
-        if next_drafts is not None:
-            assert kept.drafts[slot, : result[3]].tolist() == list(next_drafts.token_ids)
-            assert result[3] == 0 or bool(state[columns.PREDICTED.value]) == next_drafts.predicted
+        assert result[2] == sources[slot], "drafts of another source were verified"
+        oldest = max(0, len(text) - searched)  # of the known tokens
+        cursor, misses = cursors[slot] + len(ids), count > 0 and len(ids) == 1
+        behind = kept.begin + len(text) if sources[slot] == 0 else kept.begin
+        if cursors[slot] == 0 or (misses and missed[slot]) or cursor >= behind:
+            cursor = None
+        elif cursor >= kept.begin + oldest:
+            cursor += len(predictions[slot]) + len(answers[slot]) - kept.begin - oldest
+        elif cursor < kept.begin:
+            cursor -= firsts[slot]
+        else:
+            continue  # it goes on with tokens that are no more compared
+        next_drafts = proposed(text[oldest:], predictions[slot], most_drafts, answers[slot], cursor)
+        assert kept.drafts[slot, : result[3]].tolist() == list(next_drafts.token_ids), (slot, cursor)
+        if result[3]:
+            assert state[columns.CURSOR.value] > 0
+            assert cursor is not None or SOURCES[state[columns.SOURCE.value]] == next_drafts.source
+    assert not bool(kept.best.any())

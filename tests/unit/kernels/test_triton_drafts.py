@@ -14,3 +14,8 @@ def test_a_step_of_drafts(device, seed):
     """Guards against a draft at another place, one accepted that was not drawn, tokens beyond a sequence's limit, and
     drafts other than those of the longest match."""
     check_step(device, seed, spare=(0, 3, 7, 40)[seed % 4])
+
+
+def test_a_text_that_several_programs_compare(device):
+    """Guards against a match that only the part of one program has, and a counter that is not set back."""
+    check_step(device, 7, searched=2500, answered=600)

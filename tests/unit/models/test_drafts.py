@@ -28,7 +28,7 @@ def propose_slowly(known: list[int], prediction: list[int], most: int) -> Drafts
         return Drafts(())
     count = min(most, drafts_of(length))
     if predicted:
-        return Drafts(tuple(text[place : min(place + count, begin)]), True)
+        return Drafts(tuple(text[place : min(place + count, begin)]), "prediction")
     for _ in range(count):
         text.append(text[place + len(text) - len(known) - begin])
     return Drafts(tuple(text[len(known) + begin :]))
