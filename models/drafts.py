@@ -103,7 +103,7 @@ def drafts_of(match_length: int) -> int:
 def may_draft(sampling: SamplingSpec) -> bool:
     """Whether a draw by these parameters needs nothing of the tokens drawn just before it but their logits."""
     penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-    return not (penalised or sampling.bad_words or sampling.logprobs or sampling.grammar is not None)
+    return not (penalised or sampling.bad_words or sampling.grammar is not None)
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:

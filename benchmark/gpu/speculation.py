@@ -245,13 +245,18 @@ def main(argv: Sequence[str]) -> int:
     parser = new_parser("speculation", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--count", type=int, default=384, help="tokens after each context")
+    parser.add_argument("--cells", help="only these, comma separated, as KIND:ROWSxDRAFTS")
     parser.add_argument("--fast", action="store_true", help="also time kernels whose result depends on the batch")
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
+    known = {f"{kind}:{rows}x{drafts}": (kind, rows, drafts) for kind, rows, drafts in CELLS}
+    if options.cells and (strange := set(options.cells.split(",")) - set(known)):
+        parser.error(f"--cells {', '.join(sorted(strange))}: must be of {', '.join(known)}")
+    cells = [known[name] for name in options.cells.split(",")] if options.cells else CELLS
     kernels(lines, 64, 8192)
     for deterministic in (True, False) if options.fast else (True,):
-        pair = OffAndOn(lines, options.shape, deterministic, max(rows for _, rows, _ in CELLS), options.count)
-        for kind, rows, drafts in CELLS:
+        pair = OffAndOn(lines, options.shape, deterministic, max(rows for _, rows, _ in cells), options.count)
+        for kind, rows, drafts in cells:
             if kind == "useless":
                 pair.useless(rows, drafts)
             elif kind == "step":

@@ -40,7 +40,8 @@ COMPARED = 1024  # places of a program
 
 # Columns of a result, int32; the drawn tokens follow.
 NUM_DRAWN, NUM_VERIFIED, WAS_FROM, NUM_NEXT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-IDS = tl.constexpr(4)
+FIRST_PLACE = tl.constexpr(4)  # where in the step the row's first draft is
+IDS = tl.constexpr(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ def _accept_kernel(
     state = state_ptr + slot * COLUMNS
     length = tl.load(state + LENGTH)
     number = tl.arange(0, DRAFTS_PADDED)
-    place = tl.where(number == 0, row, tl.load(first_ptr + row) + number - 1)
+    first = tl.load(first_ptr + row)
+    place = tl.where(number == 0, row, first + number - 1)
     drawn = tl.load(drawn_ptr + place, mask=number <= taken, other=-1)
     draft = tl.load(draft_ptr + slot * DRAFTS + number, mask=number < taken, other=-2)
     accepted = tl.min(tl.where(draft == drawn, DRAFTS_PADDED, number), 0)
@@ -93,6 +95,7 @@ def _accept_kernel(
     tl.store(result + NUM_DRAWN, accepted + 1)
     tl.store(result + NUM_VERIFIED, taken)
     tl.store(result + WAS_FROM, tl.load(state + SOURCE))
+    tl.store(result + FIRST_PLACE, first)
     cursor, missed = tl.load(state + CURSOR), tl.load(state + MISSED)
     misses = (taken > 0) & (accepted == 0)
     lost = (cursor == 0) | (misses & (missed != 0))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from baton.kernels.triton.drafts import IDS, NUM_DRAWN, NUM_NEXT, NUM_VERIFIED, WAS_FROM
+from baton.kernels.triton.drafts import FIRST_PLACE, IDS, NUM_DRAWN, NUM_NEXT, NUM_VERIFIED, WAS_FROM
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
 from baton.models.batch import DeviceTime, DraftSource, Drawn
@@ -56,16 +56,19 @@ class ScoreBuffers:
 class StepResult:
     """Tokens, and where asked for log probabilities, of up to max_rows rows. Filled by work that was enqueued."""
 
-    def __init__(self, queue: Queue, max_rows: int, most_drafts: int = 0) -> None:
-        """most_drafts: above 0, each row has the tokens that it accepted, see kernels.triton.drafts."""
+    def __init__(self, queue: Queue, max_rows: int, most_drafts: int = 0, drafted_tokens: int = 0) -> None:
+        """most_drafts: above 0, each row has the tokens that it accepted, see kernels.triton.drafts; drafted_tokens: of
+        a step with them at most."""
         self._queue = queue
         width = IDS.value + most_drafts + 1
         self._accepted = queue.host_buffer(max_rows * width).view(max_rows, width) if most_drafts else None
         self._scores: ScoreBuffers | None = None
         self._tokens = queue.host_buffer(max_rows)
-        self._logprobs = queue.host_buffer(max_rows).view(torch.float32)
-        self._tops = queue.host_buffer(max_rows * NUM_TOP).view(torch.float32).view(max_rows, NUM_TOP)
-        self._top_ids = queue.host_buffer(max_rows * NUM_TOP).view(max_rows, NUM_TOP)
+        places = max_rows + drafted_tokens
+        self._logprobs = queue.host_buffer(places).view(torch.float32)
+        self._tops = queue.host_buffer(places * NUM_TOP).view(torch.float32).view(places, NUM_TOP)
+        self._top_ids = queue.host_buffer(places * NUM_TOP).view(places, NUM_TOP)
+        self._chunk_rows = self.chunk_places = 0
 
     def take_tokens(self, first: int, drawn: torch.Tensor) -> None:
         """Copies tokens [n] to the places from `first` on, without waiting."""
@@ -76,8 +79,12 @@ class StepResult:
         assert self._accepted is not None, "a runner without drafts"
         self._accepted[first : first + len(accepted)].copy_(accepted, non_blocking=True)
 
+    def place_chunks(self, first: int, place: int) -> None:
+        """Rows from number `first` on have log probabilities at places from `place` on, behind all tokens of others."""
+        self._chunk_rows, self.chunk_places = first, place
+
     def take_logprobs(self, first: int, count: int, found: LogprobRows) -> None:
-        """The same for log probabilities of the first `count` rows of a draw."""
+        """The same for log probabilities of the first `count` tokens of a draw."""
         places = slice(first, first + count)
         self._logprobs[places].copy_(found.drawn[:count], non_blocking=True)
         self._tops[places].copy_(found.top[:count], non_blocking=True)
@@ -99,14 +106,14 @@ class StepResult:
             return [
                 Drawn(
                     tuple(line[IDS.value : IDS.value + line[NUM_DRAWN.value]]),
-                    self._logprobs_of(row, num_tops[row]),
+                    self._logprobs_of(self._places_of(row, line), num_tops[row]),
                     line[NUM_VERIFIED.value],
                     SOURCES[line[WAS_FROM.value]],
                 )
                 for row, line in enumerate(self._accepted[: len(num_tops)].tolist())
             ]
         tokens = self._tokens[: len(num_tops)].tolist()
-        return [Drawn((token,), self._logprobs_of(row, num_tops[row])) for row, token in enumerate(tokens)]
+        return [Drawn((token,), self._logprobs_of((row,), num_tops[row])) for row, token in enumerate(tokens)]
 
     def drafts(self, num_rows: int) -> list[tuple[int, int, int]]:
         """Of the first rows: tokens drawn, drafts verified, and drafts proposed for the next step."""
@@ -114,11 +121,19 @@ class StepResult:
         columns = (NUM_DRAWN.value, NUM_VERIFIED.value, NUM_NEXT.value)
         return [tuple(line[column] for column in columns) for line in self._accepted[:num_rows].tolist()]
 
-    def _logprobs_of(self, row: int, num_top: int | None) -> tuple[Logprob, ...]:
+    def _places_of(self, row: int, line: Sequence[int]) -> Sequence[int]:
+        """Places of the tokens that a row with this result has drawn."""
+        own = row if row < self._chunk_rows else row - self._chunk_rows + self.chunk_places
+        first = line[FIRST_PLACE.value]
+        return (own, *range(first, first + line[NUM_DRAWN.value] - 1)) if line[NUM_DRAWN.value] else ()
+
+    def _logprobs_of(self, places: Sequence[int], num_top: int | None) -> tuple[Logprob, ...]:
         if num_top is None:
             return ()
-        ids, values = self._top_ids[row, :num_top].tolist(), self._tops[row, :num_top].tolist()
-        return (Logprob(float(self._logprobs[row]), tuple(zip(ids, values, strict=True))),)
+        at = list(places)
+        ids, values = self._top_ids[at, :num_top].tolist(), self._tops[at, :num_top].tolist()
+        drawn = zip(self._logprobs[at].tolist(), ids, values, strict=True)
+        return tuple(Logprob(value, tuple(zip(i, v, strict=True))) for value, i, v in drawn)
 
 
 @dataclass(frozen=True, slots=True)

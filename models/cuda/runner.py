@@ -144,7 +144,8 @@ class CudaRunner:
         scored_rows = min(SCORED_ROWS, row_tokens)  # their logits lie where those of rows that draw do
         self._found = PromptLogprobRows.make(self._most_tokens, scored_rows, config.vocab_size, queue.device)
         self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
-        self._results = [StepResult(queue, rows, limits.most_drafts) for _ in range(limits.run_ahead + 1)]
+        drafted = row_tokens if limits.most_drafts else 0
+        self._results = [StepResult(queue, rows, limits.most_drafts, drafted) for _ in range(limits.run_ahead + 1)]
         self._last: QueueMark | None = None
         self._bound: PoolBinding | None = None
         self._longest = max_len
@@ -353,8 +354,10 @@ class CudaRunner:
     ) -> QueueMark:
         """Of either kind there may be none. Returns the step's begin on the device."""
         if self._is_mixed(decode, chunks):
+            result.place_chunks(0, 0)
             return self._launch_mixed(decode, chunks, result, self._bind().graphs.size_for(len(decode)), draws)
         begun = []
+        result.place_chunks(len(decode), len(decode) if choice is None else choice.tokens)
         if decode:
             keep_logits = draws.deferred and bool(chunks)
             begun.append(self._launch_decode(decode, result, draws, choice, keep_logits=keep_logits))
@@ -383,7 +386,8 @@ class CudaRunner:
         edits = any(self._sampler.edits(row.slot) for row in rows)
         edited = bound.edited.graph_for(num_tokens, 1) if edits else None
         accepted = bound.accepted.graph_for(num_tokens, 1) if self.drafts is not None else None
-        finish = self._finish(rows, header[:count], result, 0)
+        slots = header[:count] if choice is None or self.drafts is None else self.drafts.slots[:num_tokens]
+        finish = self._finish(rows, slots, result, 0, 0)
         kept: list[torch.Tensor] = []
 
         def forward() -> None:
@@ -399,7 +403,7 @@ class CudaRunner:
                 edited()
             if accepted is not None:
                 accepted()
-            finish(kept[0] if kept else self._decoder.last_logits(count))
+            finish(kept[0] if kept else self._decoder.last_logits(num_tokens))
 
         begun = self.queue.mark()
         draws.launch(forward, choose)
@@ -507,10 +511,11 @@ class CudaRunner:
             set_entries(self._bind().slots.last, slots, drawn)
 
     def _finish(
-        self, rows: Sequence[Row], slots: torch.Tensor, result: StepResult, first: int
+        self, rows: Sequence[Row], slots: torch.Tensor, result: StepResult, first: int, place: int
     ) -> Callable[[torch.Tensor], None]:
-        """What brings tokens that were drawn for these rows, from logits [rows, V], to the places from `first` on."""
-        drawn = self._drawn[: len(rows)]
+        """What brings tokens that were drawn for these rows, from logits of the tokens of these slots, [tokens, V], to
+        the rows of the result from `first` on, and log probabilities to its places from `place` on."""
+        drawn = self._drawn[: len(slots)]
         wanted = any(self._sampler.num_top(row.slot) is not None for row in rows)
 
         def finish(logits: torch.Tensor) -> None:
@@ -520,7 +525,7 @@ class CudaRunner:
                 result.take_accepted(first, self.drafts.results[: len(rows)])
             if wanted:
                 self._sampler.logprobs(self._whole(logits), slots, drawn)
-                result.take_logprobs(first, len(rows), self._sampler.found)
+                result.take_logprobs(place, len(slots), self._sampler.found)
 
         return finish
 
@@ -547,7 +552,7 @@ class CudaRunner:
         drawing = [row for row in rows if row.draw is not None]
         slots, new_positions = (array[: len(drawing)] for array in sent[len(arrays) - 2 : len(arrays)])
         edited = any(self._sampler.edits(row.slot) for row in drawing)
-        finish = self._finish(drawing, slots, result, first)
+        finish = self._finish(drawing, slots, result, first, result.chunk_places)
 
         def choose() -> None:
             if drawing:
@@ -585,7 +590,7 @@ class CudaRunner:
         of_chunks = bound.attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
         drawing = [*decode, *(row for row in chunks if row.draw is not None)]
         edited = any(self._sampler.edits(row.slot) for row in drawing)
-        finish = self._finish(drawing, slots, result, 0)
+        finish = self._finish(drawing, slots, result, 0, 0)
         both = bound.both[:, : padded + len(tokens)]
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:

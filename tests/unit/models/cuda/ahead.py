@@ -7,7 +7,7 @@ import numpy as np
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.runner import CudaRunner
-from baton.node.messages.control import Grammar, SamplingSpec
+from baton.node.messages.control import Grammar, Logprob, SamplingSpec
 
 GRAMMAR = Grammar(text="start: /.*/", end_ids=(0,))
 """Marks masked draws; `mask_after` stands in for what it allows."""
@@ -28,6 +28,7 @@ class Ahead:
         self.predictions: dict[int, list[int]] = {}
         self.num_steps = self.num_accepted = self.num_verified = 0
         self.known: dict[int, list[int]] = {}  # by slot
+        self.logprobs: dict[int, list[Logprob]] = {}
         self.computed: dict[int, int] = {}
         self.params: dict[int, SamplingSpec] = {}
         self.tables: dict[int, list[int]] = {}
@@ -38,7 +39,7 @@ class Ahead:
 
     def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
         self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
-        self.prompts[slot] = len(prompt)
+        self.prompts[slot], self.logprobs[slot] = len(prompt), []
         self.params[slot] = SamplingSpec(**({"max_tokens": 99, "temperature": 0.0} | params))
 
     def launch(self, slots: list[int], chunk: int = 100) -> None:
@@ -75,6 +76,7 @@ class Ahead:
         drawn = [entry for entry in launched.read() if entry is not None]
         for slot, entry in zip(drawing, drawn, strict=True):
             self.known[slot] += entry.token_ids
+            self.logprobs[slot] += entry.logprobs
             self.computed[slot] += max(0, len(entry.token_ids) - 1)
             self.num_accepted += max(0, len(entry.token_ids) - 1)
             self.num_verified += entry.num_drafts

@@ -8,17 +8,19 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.models.batch import PromptTargets, Row
 from baton.models.cuda.draft_budget import DraftBudget
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import make
 
 SEEDED = {"temperature": 1.1, "seed": 6}
+NAMED = {"logprobs": True, "top_logprobs": 2}
 
 
 def test_tokens_are_those_of_steps_without_drafts(make_model):
     """Guards against drafts that are kept though another token is drawn, positions that the host knows a step late, KV
-    of rejected drafts, and a row that gets the drafts or tokens of another. Right drafts of one sequence, and wrong
-    ones of the other; then drafts beside parts of a prompt and masks, and up to a last token."""
+    of rejected drafts, and a row that gets the drafts, tokens or log probabilities of another. Right drafts of one
+    sequence, and wrong ones of the other; then drafts beside parts of a prompt and masks, and up to a last token."""
     folder = make_model("llama", num_hidden_layers=1).folder
     late, plain = make(folder, max_rows=2, most_drafts=3, mixed_tokens=8, deterministic=True)
     ahead, count, prompts = Ahead(late, most_drafts=3), 10, [[9, 8, 7, 6, 5, 4], [1, 2, 3]]
@@ -27,13 +29,20 @@ def test_tokens_are_those_of_steps_without_drafts(make_model):
     known = [*prompts[1], *right[1]]
     wrong = [(known[n], known[n + 1], (known[n + 2] + 1) % 131) for n in range(1, len(known) - 2)]
     ahead.predictions = {0: [*prompts[0], *right[0]], 1: [token for each in wrong for token in each]}
-    ahead.start(0, prompts[0], [1, 0], max_tokens=count, **SEEDED)
+    ahead.start(0, prompts[0], [1, 0], max_tokens=count, **SEEDED, **NAMED)
     ahead.start(1, prompts[1], [4, 3])
     while len(ahead.known[1]) < len(prompts[1]) + count:
         ahead.launch([0, 1])
     assert ahead.generated(0) == right[0][:count]  # and no token behind the last
     assert ahead.generated(1)[:count] == right[1]
     assert count // 2 <= ahead.num_accepted < ahead.num_verified
+    known = [*prompts[0], *right[0]]
+    row = Row(known[:-1], 0, [20, 21], None, targets=PromptTargets(0, known[1:], 2))
+    launched = plain.launch([row])
+    launched.read()
+    for found, scored in zip(ahead.logprobs[0], launched.prompt_logprobs[0][-count:], strict=True):
+        assert found.logprob == pytest.approx(scored.logprob, abs=1e-3)
+        assert [token for token, _ in found.top] == [token for token, _ in scored.top]
 
     other = [*range(30, 62)]
     masked = one_after_the_other(plain, other, [20, 21, 22], 3, grammar=GRAMMAR)
