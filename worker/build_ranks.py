@@ -84,8 +84,13 @@ def _share(settings: WorkerSettings, sizes: WorkerSizes, index: int) -> DeviceSh
         run_ahead=settings.run_ahead,
         deterministic=settings.deterministic,
         block_tokens=sizes.block_tokens,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
+        gpu_memory_utilization=None if _is_sized(settings, sizes) else settings.gpu_memory_utilization,
     )
+
+
+def _is_sized(settings: WorkerSettings, sizes: WorkerSizes) -> bool:
+    """Whether the size of the pools is given."""
+    return settings.num_blocks is not None or sizes.kv_memory_gib is not None
 
 
 def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankGroup, start: RankStart) -> LoadedModel:
@@ -95,7 +100,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
     config, count = own.runner.config, settings.tp
     layout = device_layout(config, own.runner.kv_format, sizes.block_tokens)
     others = group.answers(DeviceLoaded)
-    if settings.num_blocks is not None or sizes.kv_memory_gib is not None:
+    if _is_sized(settings, sizes):
         # The size is that of one rank's pool, as the memory is that of one GPU.
         num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, own.layout)
     else:

@@ -1,4 +1,4 @@
-"""Workers of two ranks, a process and a GPU each, answer as a worker of one; with KV that moves between both. Needs two
+"""Workers of two ranks, a process and a GPU each, answer as one rank does, with KV that moves between both. Needs two
 GPUs. Run it in a separate process, as tests/gpu/test_runner.py says."""
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.benchmark.cluster.completions import random_ids
 from baton.benchmark.cluster.running import metrics, running
 from baton.launch.local import ServeSettings
+from baton.models.cpu.runner import ModelRunner
+from baton.node.modelhub import locate_model
+from baton.tests.unit.models.cuda.ahead import one_after_the_other
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,15 +74,22 @@ def answers(prefill: int, decode: int) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def of_one_rank() -> Answers:
-    return answers(0, 1)
+def of_one_rank() -> list[list[int]]:
+    """On the CPU."""
+    plain = ModelRunner.load(locate_model("demo"))
+    plain.bind_pool(torch.zeros(plain.kv_shape(42, 16)))
+    specs = [{name: value for name, value in spec.items() if name != "logprobs"} for spec in SPECS]
+    return [
+        one_after_the_other(plain, prompt, list(range(1, 41)), MAX_TOKENS, seed=number, **specs[number % len(specs)])
+        for number, prompt in enumerate(PROMPTS)
+    ]
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(0, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (0, 2)])
 def test_ranks_answer_as_one(of_one_rank, prefill, decode):
     """Guards exchanges over links between GPUs, records of steps, pools of another process, and units that move between
     workers of unequal sizes."""
     found = answers(prefill, decode)
-    assert found.tokens == of_one_rank.tokens
+    assert found.tokens == of_one_rank
     if prefill:
         assert found.received >= len(PROMPTS)

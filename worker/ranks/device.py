@@ -103,7 +103,9 @@ class DeviceRank:
 
     @property
     def num_blocks(self) -> int:
-        """For which this GPU has room, beside the contexts of this process and of rank 0's."""
+        """For which this GPU has room, beside the contexts of this process and of rank 0's; 0: they are given."""
+        if self.share.gpu_memory_utilization is None:
+            return 0
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.share.gpu)
         others = CONTEXT_BYTES if self.rank.index else 0
         own_bytes = torch.cuda.memory_reserved(self.share.gpu) + self.exchange.payload_bytes + others

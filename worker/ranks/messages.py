@@ -22,7 +22,8 @@ class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
     run_ahead: int
     deterministic: bool
     block_tokens: int
-    gpu_memory_utilization: float
+    gpu_memory_utilization: float | None
+    """None: the size of the pool is given."""
 
 
 class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
