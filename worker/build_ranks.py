@@ -1,13 +1,13 @@
 """A model on several GPUs, one a rank: rank 0's process has the pools of all and the planes between them.
 
-The ranks' GPUs follow one another, from --gpu on. What a rank does on its GPU is in worker.ranks.device. Needs CUDA and
-triton.
+What a rank does on its GPU is in worker.ranks.device. Needs CUDA and triton.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,11 +49,11 @@ POLL_S = 0.0002
 
 def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
-    config, count, first = model_config(folder), settings.tp, settings.gpu
+    config, count, gpus = model_config(folder), settings.tp, gpus_of(settings)
     check_partition(config, count)
-    if first + count > torch.cuda.device_count():
+    if max(gpus) >= torch.cuda.device_count():
         raise SettingsError(
-            f"--tp {count}: its ranks need the GPUs {first} to {first + count - 1}, and this torch sees "
+            f"--tp {count}: its ranks need the GPUs {' '.join(map(str, gpus))}, and this torch sees "
             f"{torch.cuda.device_count()}, counted from 0"
         )
     if settings.store:
@@ -70,15 +70,23 @@ def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role,
         return _load(settings, sizes, role, group, start(0, {}, SharedBytes(0, 0, b"")))
     except torch.OutOfMemoryError as error:
         group.close()
-        raise SettingsError(f"the memory of GPU {first} does not suffice: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"the memory of GPU {gpus[0]} does not suffice: {str(error).splitlines()[0]}") from None
     except BaseException:
         group.close()
         raise
 
 
+def gpus_of(settings: WorkerSettings) -> Sequence[int]:
+    """Of the ranks, in order."""
+    gpus = settings.rank_gpus or range(settings.gpu, settings.gpu + settings.tp)
+    if len(gpus) != settings.tp:
+        raise SettingsError(f"--rank-gpus names {len(gpus)} GPUs for --tp {settings.tp}")
+    return gpus
+
+
 def _share(settings: WorkerSettings, sizes: WorkerSizes, index: int) -> DeviceShare:
     return DeviceShare(
-        gpu=settings.gpu + index,
+        gpu=gpus_of(settings)[index],
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         run_ahead=settings.run_ahead,
@@ -105,8 +113,8 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
         num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, own.layout)
     else:
         num_blocks = min(own.num_blocks, *(other.num_blocks for other in others))
-    pools = [DevicePool(own.layout, num_blocks, settings.gpu + index) for index in range(count)]
-    torch.cuda.set_device(settings.gpu)
+    pools = [DevicePool(own.layout, num_blocks, gpu) for gpu in gpus_of(settings)]
+    torch.cuda.set_device(own.share.gpu)
     log_event(
         logger,
         "memory_planned",
@@ -134,7 +142,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
             ShardedPlane(cut, num_blocks, _ends(pools, context, identity, host, name, warm=role != "decode"))
             for name in names
         ]
-        torch.cuda.set_device(settings.gpu)
+        torch.cuda.set_device(own.share.gpu)
         return made
 
     return LoadedModel(

@@ -83,6 +83,9 @@ class WorkerSettings:
         minimum=1,
         maximum=8,
     )
+    rank_gpus: tuple[int, ...] = option(
+        (), metavar="GPU", help="numbers of the GPUs of --tp ranks, in their order; default: from --gpu on", minimum=0
+    )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     quantization: str | None = option(
         None,

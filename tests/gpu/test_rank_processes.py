@@ -1,5 +1,8 @@
-"""Workers of two ranks, a process and a GPU each, answer as one rank does, with KV that moves between both. Needs two
-GPUs. Run it in a separate process, as tests/gpu/test_runner.py says."""
+"""Workers of two ranks, a process and a GPU each, answer as one rank does, with KV that moves between both.
+
+With one GPU all ranks are on it: their processes take turns, so it is slow, and the links between GPUs are left out.
+Run it in a separate process, as tests/gpu/test_runner.py says.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,8 @@ from baton.models.cpu.runner import ModelRunner
 from baton.node.modelhub import locate_model
 from baton.tests.unit.models.cuda.ahead import one_after_the_other
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+TWO_GPUS = torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 MAX_TOKENS = 24
 WORKER = ("--dtype=float32", "--max-num-seqs=16", "--num-blocks=300", "--max-model-len=1024", "--plane=cuda_ipc")
@@ -42,6 +42,11 @@ class Answers:
     received: float
 
 
+def on_one_gpu(ranks: int) -> tuple[str, ...]:
+    """Arguments for a worker whose ranks share the only GPU."""
+    return () if TWO_GPUS or ranks < 2 else (f"--tp={ranks}", "--rank-gpus", *["0"] * ranks)
+
+
 def answers(prefill: int, decode: int) -> Answers:
     """Of a cluster whose workers have so many ranks; prefill 0: there is no such worker."""
     settings = ServeSettings(
@@ -49,13 +54,14 @@ def answers(prefill: int, decode: int) -> Answers:
         prefill=1 if prefill else 0,
         decode=1,
         device="cuda",
-        gpus=(0, 1),
-        prefill_tp=prefill or None,
-        decode_tp=decode,
+        gpus=(0, 1) if TWO_GPUS else (0,),
+        prefill_tp=prefill if TWO_GPUS and prefill else None,
+        decode_tp=decode if TWO_GPUS else None,
         local_prefill="never" if prefill else None,
         store_ram_gib=0.0,
         worker_arg=WORKER,
-        prefill_arg=("--max-chunk-tokens=128",),
+        prefill_arg=("--max-chunk-tokens=128", *on_one_gpu(prefill)),
+        decode_arg=on_one_gpu(decode),
         start_timeout_s=150.0,
     )
     with running(settings) as (cluster, _):
