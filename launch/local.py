@@ -24,7 +24,7 @@ from baton.node.settings import as_arguments, option
 
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
-FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp", "--speculate")
+FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp", "--speculate", "--pp")
 """Options of a worker that say what it makes of the model's folder, as `baton.models.check` takes them."""
 
 
@@ -64,6 +64,14 @@ class ServeSettings(ApiSettings):
     )
     prefill_tp: int | None = option(None, unit="ranks", help="the same of prefill workers", minimum=1, maximum=8)
     decode_tp: int | None = option(None, unit="ranks", help="the same of decode workers", minimum=1, maximum=8)
+    prefill_pp: int = option(
+        1,
+        unit="stages",
+        help="pipeline parallel size of each prefill worker: processes that each have some of the layers; on CPUs only "
+        "so far",
+        minimum=1,
+        maximum=8,
+    )
     device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
     gpus: tuple[int, ...] = option(
         (),
@@ -103,10 +111,16 @@ class ServeSettings(ApiSettings):
             raise SettingsError(f"--min {self.min} is more than --max {self.max}")
         if self.roles == "adaptive" and (self.prefill_tp or self.decode_tp):
             raise SettingsError("--prefill-tp and --decode-tp: with --roles adaptive all workers have --tp ranks")
+        if self.roles == "adaptive" and self.prefill_pp > 1:
+            raise SettingsError("--prefill-pp: with --roles adaptive all workers decode, and those have one stage")
 
     def ranks_of(self, role: str) -> int:
-        """Of each worker of a role."""
+        """Of each worker of a role, in each of its stages."""
         return {"prefill": self.prefill_tp, "decode": self.decode_tp}.get(role) or self.tp
+
+    def stages_of(self, role: str) -> int:
+        """Of each worker of a role."""
+        return self.prefill_pp if role == "prefill" else 1
 
     @property
     def largest(self) -> ServeSettings:
@@ -177,6 +191,10 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
             "this torch is a build for CPUs; leave the option out to serve on the CPU"
         )
     gpus = settings.gpus or tuple(range(num_visible))
+    if gpus and settings.device != "cpu" and settings.prefill and settings.prefill_pp > 1:
+        raise SettingsError(
+            f"--prefill-pp {settings.prefill_pp}: the stages of a worker compute on CPUs only so far; add --device cpu"
+        )
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
     workers = {name: settings.ranks_of(role) for role, name in worker_names(settings)}
@@ -200,7 +218,7 @@ def node_environment(settings: ServeSettings, environ: Mapping[str, str]) -> dic
     """`environ` without the API keys, with as many threads a rank of a worker as the cores suffice for."""
     env = {name: value for name, value in environ.items() if name != KEY_VARIABLE}
     env |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
-    ranks = sum(settings.ranks_of(role) for role, _ in worker_names(settings))
+    ranks = sum(settings.ranks_of(role) * settings.stages_of(role) for role, _ in worker_names(settings))
     env.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(_cores()), ranks, settings.proxies)))
     return env
 
@@ -214,6 +232,7 @@ def plan_worker(
         *("--model", settings.model, "--proxy", *ports.control_addresses, "--device", settings.device),
         *("--worker-id", name, "--secret-file", str(ports.secret_file)),
         *(("--tp", str(settings.ranks_of(role))) if settings.ranks_of(role) > 1 else ()),
+        *(("--pp", str(settings.stages_of(role))) if settings.stages_of(role) > 1 else ()),
         *gpu,
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
         *settings.worker_arg,
@@ -229,7 +248,8 @@ def folder_options(settings: ServeSettings) -> set[tuple[str, ...]]:
     given = []
     for role in {role for role, _ in worker_names(settings)}:
         of_role = settings.prefill_arg if role == "prefill" else settings.decode_arg
-        given.append((f"--tp={settings.ranks_of(role)}", *settings.worker_arg, *of_role))
+        sizes = f"--tp={settings.ranks_of(role)}", f"--pp={settings.stages_of(role)}"
+        given.append((*sizes, *settings.worker_arg, *of_role))
     return {tuple(_last(arguments, name) for name in FOLDER_OPTIONS) for arguments in given}
 
 

@@ -25,7 +25,7 @@ from baton.models.layer_weights import (
     Weights,
 )
 from baton.models.layers import DenseMlp, ExpertsMlp, GroupedAttention, LatentAttention, describe
-from baton.models.partition import Rank
+from baton.models.partition import ONLY_STAGE, Rank, Stage
 from baton.models.places import PlainPlace, WeightCut, WeightPlace
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.sources import EMBEDDING
@@ -43,14 +43,19 @@ def allocate(
     dtype: torch.dtype,
     device: str,
     forms: Mapping[str, QuantizedWeight] = PLAIN_WEIGHTS,
+    stage: Stage = ONLY_STAGE,
 ) -> tuple[Weights, dict[str, WeightPlace]]:
-    """Uninitialised weights, and by Hugging Face name where each tensor goes; `forms`: of weights to be kept so."""
+    """Uninitialised weights of a stage, and by Hugging Face name where each tensor goes; `forms`: of weights to be kept
+    so. What only other stages use is empty."""
     memory = WeightMemory(config, rank, dtype, device, forms)
     vocabulary = WeightCut(config.vocab_size, rank.vocabulary(config.vocab_size))
-    embedding = memory.empty(config.vocab_size, config.hidden_size)
-    memory.put(EMBEDDING, PlainPlace(embedding, (WeightCut.whole(config.vocab_size), memory.hidden)))
+    if stage.is_first or (stage.is_last and tied):
+        embedding = memory.empty(config.vocab_size, config.hidden_size)
+        memory.put(EMBEDDING, PlainPlace(embedding, (WeightCut.whole(config.vocab_size), memory.hidden)))
+    else:
+        embedding = memory.empty(0, config.hidden_size)
     layers = []
-    for index, shape in enumerate(describe(config, rank)):
+    for index, shape in zip(stage.layers(config.num_layers), describe(config, rank, stage), strict=True):
         layer = f"model.layers.{index}."
         input_norm = memory.norm(f"{layer}input_layernorm.weight", config.hidden_size)
         attention: AttentionWeights | LatentWeights
@@ -71,6 +76,9 @@ def allocate(
         else:
             before_mlp, of_outputs = memory.norm(f"{layer}post_attention_layernorm.weight", config.hidden_size), []
         layers.append(LayerWeights(shape, input_norm, attention, before_mlp, mlp, *of_outputs))
+    if not stage.is_last:
+        none = memory.empty(0, config.hidden_size)
+        return Weights(embedding, tuple(layers), memory.empty(0), DenseLinear(none), tied), memory.places
     final_norm = memory.norm("model.norm.weight", config.hidden_size)
     if tied:
         own = embedding if rank.count == 1 else embedding[vocabulary.slice]

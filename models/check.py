@@ -1,5 +1,5 @@
-"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION TP SPECULATE: whether a worker can serve
-a folder, with the draft that it may name.
+"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION TP SPECULATE PP: whether a worker can
+serve a folder, with the draft that it may name.
 
 No torch. Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and
 status 2. Empty arguments are a worker's defaults.
@@ -15,7 +15,7 @@ from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.models.eagle_config import EAGLE, read_eagle
 from baton.models.fallback.config import model_config
-from baton.models.partition import check_partition
+from baton.models.partition import check_partition, check_stages
 from baton.models.quantization.recipe import Recipe, recipe_of
 from baton.node.errors import SettingsError
 
@@ -27,13 +27,15 @@ def check(
     quantization: str | None = None,
     num_ranks: int = 1,
     draft: Path | None = None,
+    num_stages: int = 1,
 ) -> None:
     """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, a context
-    too long, ranks that cannot share the model, and a draft of another one."""
+    too long, ranks or stages that cannot share the model, and a draft of another one."""
     config = model_config(folder)
     longest_known(max_model_len, config)
     recipe_for(quantization, config)
     check_partition(config, num_ranks)
+    check_stages(config, num_stages)
     if draft is not None:
         read_eagle(draft, config)
     if load_format != "dummy":
@@ -42,7 +44,7 @@ def check(
                 Checkpoint.open(each)
 
 
-def check_adapters(config: ModelConfig, num_ranks: int) -> None:
+def check_adapters(config: ModelConfig, num_ranks: int, num_stages: int = 1) -> None:
     """SettingsError for a model that takes no adapters."""
     if config.through:
         raise SettingsError(f"--max-loras: {config.architecture} runs through transformers, without adapters")
@@ -50,6 +52,8 @@ def check_adapters(config: ModelConfig, num_ranks: int) -> None:
         raise SettingsError(f"--max-loras: {config.architecture} has latent attention, which takes no adapters")
     if num_ranks > 1:
         raise SettingsError(f"--max-loras: the ranks of --tp {num_ranks} take no adapters")
+    if num_stages > 1:
+        raise SettingsError(f"--max-loras: the stages of --pp {num_stages} take no adapters")
 
 
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:
@@ -72,7 +76,7 @@ def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, load_format, max_model_len, quantization, num_ranks, speculate = argv
+    folder, load_format, max_model_len, quantization, num_ranks, speculate, num_stages = argv
     draft = Path(speculate.removeprefix(EAGLE)).expanduser() if speculate.startswith(EAGLE) else None
     try:
         # What is no number is the worker's own error of settings.
@@ -83,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
             quantization or None,
             int(num_ranks) if num_ranks.isdecimal() else 1,
             draft if draft is not None and draft.is_dir() else None,  # a hub id is the worker's part
+            int(num_stages) if num_stages.isdecimal() else 1,
         )
     except SettingsError as error:
         print(error, file=sys.stderr)

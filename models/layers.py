@@ -13,7 +13,7 @@ from baton.kernels import ClampedGate, Routing, Scores
 from baton.models.config import ModelConfig
 from baton.models.experts_config import ExpertsConfig
 from baton.models.latent_config import LatentConfig
-from baton.models.partition import WHOLE, Rank
+from baton.models.partition import ONLY_STAGE, WHOLE, Rank, Stage
 from baton.models.rope_config import RopeConfig
 
 
@@ -92,12 +92,11 @@ class LayerShape:
     """What is added is normed before:  h += norm(attention(norm(h)));  h += norm(mlp(norm(h)))."""
 
 
-def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
-    """The layers of a model as `rank` computes them, first to last; SettingsError if its ranks cannot share them."""
-    return tuple(
-        LayerShape(_attention(config, rank, windowed), mlp, config.output_norms)
-        for windowed, mlp in zip(config.windowed_layers, _mlps(config, rank), strict=True)
-    )
+def describe(config: ModelConfig, rank: Rank = WHOLE, stage: Stage = ONLY_STAGE) -> tuple[LayerShape, ...]:
+    """The layers of a stage as `rank` computes them, first to last; SettingsError if its ranks cannot share them."""
+    layers = stage.layers(config.num_layers)
+    kinds = list(zip(config.windowed_layers, _mlps(config, rank), strict=True))[layers.start : layers.stop]
+    return tuple(LayerShape(_attention(config, rank, windowed), mlp, config.output_norms) for windowed, mlp in kinds)
 
 
 def _attention(config: ModelConfig, rank: Rank, windowed: bool) -> GroupedAttention | LatentAttention:

@@ -1,4 +1,5 @@
-"""How the ranks of a group share a model: which heads, rows of an MLP and tokens of the vocabulary each of them holds.
+"""How processes share a model: heads, rows of an MLP and tokens of the vocabulary among the ranks of a group, layers
+among the stages of a pipeline, of which each is such a group.
 
 Pure arithmetic on a configuration. Where the parts lie in a checkpoint is the part of models.allocation, and how the
 ranks add up what they compute that of models.cpu.peers. No torch.
@@ -12,6 +13,7 @@ from baton.models.config import ModelConfig
 from baton.node.errors import SettingsError
 
 RANK_COUNTS = (1, 2, 4, 8)
+MAX_STAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,34 @@ def part_of(config: ModelConfig, rank: Rank) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One of the `count` stages that a prompt's chunks pass one after the other; stage 0 of 1 has all layers.
+
+    The first has the embedding, and the last one the final norm and the head.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, total: int) -> range:
+        """Those of this stage, of a model's `total`; numbers differ by at most one, and the first stages have more."""
+        least, more = divmod(total, self.count)
+        first = self.index * least + min(self.index, more)
+        return range(first, first + least + (self.index < more))
+
+
+ONLY_STAGE = Stage()
+
+
 def check_partition(config: ModelConfig, count: int) -> None:
     """SettingsError, with the numbers, if `count` ranks cannot share the model."""
     if count == 1:
@@ -83,3 +113,15 @@ def check_partition(config: ModelConfig, count: int) -> None:
             rank.share(experts.num_experts, "experts")
             rank.share(experts.shared_width, "rows of a shared expert")
         rank.vocabulary(config.vocab_size)
+
+
+def check_stages(config: ModelConfig, count: int) -> None:
+    """SettingsError, with the numbers, if a pipeline of `count` stages cannot have the model."""
+    if count == 1:
+        return
+    if not 1 <= count <= MAX_STAGES:
+        raise SettingsError(f"--pp {count}: must be from 1 to {MAX_STAGES}")
+    if config.through:
+        raise SettingsError(f"{config.architecture} runs through transformers, in one stage only, and not in {count}")
+    if config.num_layers < count:
+        raise SettingsError(f"{config.num_layers} layers cannot be shared out to {count} stages")

@@ -12,28 +12,25 @@ from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.places import PlainPlace, WeightPlace
 from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.rounding import quantise
-from baton.models.sources import EXPERTS
 
 
 def fill_randomly(places: Mapping[str, WeightPlace], recipes: Mapping[str, Recipe]) -> None:
     """Norm weights 1, biases 0, the rest normal: a decoder that computes, though it says nothing. `recipes`: of weights
     that are quantised, part by part, so that no plain one takes memory.
 
-    A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. Of a tensor that ranks share
-    each draws the whole, and an expert's numbers follow from its name, so that together they have the numbers of one
-    rank.
+    A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. A tensor's numbers follow from
+    its name, and of one that ranks share each draws the whole, so that ranks and stages together have the numbers of
+    one process.
     """
     device = next(iter(places.values())).device
-    everywhere = torch.Generator(device).manual_seed(DUMMY_SEED)
-    of_expert = torch.Generator(device)
-    generator = everywhere
+    generator = torch.Generator(device)
 
     def draw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         dtype = torch.float32 if device.type == "cpu" else dtype
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, DUMMY_STD, generator=generator)
 
     for name, place in places.items():
-        generator = of_expert.manual_seed(crc32(name.encode())) if EXPERTS in name else everywhere
+        generator.manual_seed(DUMMY_SEED ^ crc32(name.encode()))
         if name in recipes:
             outputs, inputs = place.shape
             rows = partial(_rows, draw, inputs)

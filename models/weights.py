@@ -26,7 +26,7 @@ from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.models.layer_weights import ExpertsWeights, Weights
 from baton.models.layers import ExpertsMlp
-from baton.models.partition import WHOLE, Rank
+from baton.models.partition import ONLY_STAGE, WHOLE, Rank, Stage
 from baton.models.places import JoinedPlaces, ScaledPlace, WeightPlace
 from baton.models.quantization.layouts import CODES, QuantizedSource
 from baton.models.quantization.recipe import Recipe
@@ -36,6 +36,7 @@ from baton.models.random_weights import fill_randomly
 from baton.models.sources import (
     EMBEDDING,
     EXPERTS,
+    HEAD,
     PLAIN,
     Source,
     find_sources,
@@ -54,6 +55,8 @@ Progress = Callable[[int, int], None]
 LOAD_FORMATS = ("auto", "dummy")
 GIB = 1 << 30
 MAX_TIED_COPY_BYTES = 256 << 20
+ENDS = (EMBEDDING.removeprefix("model."), "model.norm.weight", HEAD)
+"""What the first or the last stage of a pipeline has, and the others have not."""
 PROJECTIONS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 """Ends of the names of weights that recipes quantise: neither embedding and head nor routers."""
 
@@ -73,11 +76,12 @@ def load_weights(
     rank: Rank = WHOLE,
     recipe: Recipe | None = None,
     keep_quantised: bool = False,
+    stage: Stage = ONLY_STAGE,
 ) -> Weights:
     """The folder's weights in `dtype`; `dummy` makes random ones, the same in every process, without reading any.
 
     pack: prepare them for the CPU's products; without it every weight stays as it was loaded.
-    rank: whose part of them.
+    rank, stage: whose part of them.
     recipe: quantise the projections of a folder of plain weights so; None: they are as the folder has them.
     keep_quantised: leave quantised weights so where a layout of baton.kernels.linear takes them.
 
@@ -87,24 +91,24 @@ def load_weights(
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     tied = config.tie_word_embeddings
-    shapes = _shapes(config, tied, rank)
+    shapes = _shapes(config, tied, rank, stage)
     if load_format == "dummy":
         recipe = recipe or (config.quantization.recipe if config.quantization is not None else None)
-        weights, places = _with_room(config, tied, rank, dtype, device, _forms(recipe, shapes, keep_quantised))
+        weights, places = _with_room(config, tied, rank, dtype, device, _forms(recipe, shapes, keep_quantised), stage)
         recipes = _recipes(recipe, shapes)
         fill_randomly(places, recipes)
         quantised = len(recipes)
     else:
         checkpoint = Checkpoint.open(folder)
         sources = find_sources(checkpoint, shapes, tied, config.quantization)
-        if tied and has_own_head(checkpoint, shapes[EMBEDDING], config.quantization):
+        if tied and EMBEDDING in shapes and has_own_head(checkpoint, shapes[EMBEDDING], config.quantization):
             tied = False
-            shapes = _shapes(config, tied, rank)
+            shapes = _shapes(config, tied, rank, stage)
             sources = find_sources(checkpoint, shapes, tied, config.quantization)
-        log_unused(checkpoint, sources, tied, _left_out(config, rank))
+        log_unused(checkpoint, sources, tied, _left_out(config, rank, stage))
         forms = read_forms(checkpoint, sources) if keep_quantised else {}
         forms |= _forms(recipe, shapes, keep_quantised)
-        weights, places = _with_room(config, tied, rank, dtype, device, forms)
+        weights, places = _with_room(config, tied, rank, dtype, device, forms, stage)
         recipes = _recipes(recipe, shapes)
         _fill_from_files(checkpoint, sources, places, recipes, on_progress)
         quantised = len(recipes) + sum(isinstance(source, QuantizedSource) for source in sources.values())
@@ -117,20 +121,21 @@ def load_weights(
         _log_quantised(folder, f"{recipe.kind}, at load", quantised, len(places) - quantised, weights)
     _log_experts(weights)
     if pack:
-        _pack(weights, tied)
+        _pack(weights, tied, stage)
     return weights
 
 
-def _left_out(config: ModelConfig, rank: Rank) -> tuple[str, ...]:
+def _left_out(config: ModelConfig, rank: Rank, stage: Stage) -> tuple[str, ...]:
     """Parts of the names of tensors that have no place here."""
-    last = config.num_layers + config.num_draft_layers
-    drafts = [f"layers.{layer}." for layer in range(config.num_layers, last)]
-    return (*drafts, EXPERTS) if rank.count > 1 else tuple(drafts)
+    own, last = stage.layers(config.num_layers), config.num_layers + config.num_draft_layers
+    elsewhere = [f"layers.{layer}." for layer in range(last) if layer not in own]
+    ends = ENDS if stage.count > 1 else ()
+    return (*elsewhere, *ends, *((EXPERTS,) if rank.count > 1 else ()))
 
 
-def _shapes(config: ModelConfig, tied: bool, rank: Rank) -> dict[str, tuple[int, ...]]:
+def _shapes(config: ModelConfig, tied: bool, rank: Rank, stage: Stage) -> dict[str, tuple[int, ...]]:
     """Of all weights, before they are cut."""
-    _, places = allocate(config, tied, rank, torch.bfloat16, "meta", {})
+    _, places = allocate(config, tied, rank, torch.bfloat16, "meta", {}, stage)
     return {name: place.shape for name, place in places.items()}
 
 
@@ -146,10 +151,16 @@ def _forms(recipe: Recipe | None, shapes: Mapping[str, tuple[int, ...]], keep: b
 
 
 def _with_room(
-    config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, device: str, forms: Mapping[str, QuantizedWeight]
+    config: ModelConfig,
+    tied: bool,
+    rank: Rank,
+    dtype: torch.dtype,
+    device: str,
+    forms: Mapping[str, QuantizedWeight],
+    stage: Stage,
 ) -> tuple[Weights, dict[str, WeightPlace]]:
     """As `allocate`. SettingsError if the device could never hold the weights."""
-    _, places = allocate(config, tied, rank, dtype, "meta", forms)
+    _, places = allocate(config, tied, rank, dtype, "meta", forms, stage)
     needed_bytes = sum(place.size_bytes for place in places.values())
     if device.startswith("cuda"):
         device_bytes = torch.cuda.mem_get_info(device)[1]
@@ -161,7 +172,7 @@ def _with_room(
             f"weights as config.json describes them take {needed_bytes / GIB:.1f} GiB, and this "
             f"{'GPU' if device.startswith('cuda') else 'host'} has {device_bytes / GIB:.1f} GiB of memory"
         )
-    return allocate(config, tied, rank, dtype, device, forms)
+    return allocate(config, tied, rank, dtype, device, forms, stage)
 
 
 def _fill_from_files(
@@ -241,10 +252,10 @@ def _log_experts(weights: Weights) -> None:
     )
 
 
-def _pack(weights: Weights, tied: bool) -> None:
+def _pack(weights: Weights, tied: bool, stage: Stage) -> None:
     """Prepares all products. A large tied head stays as it is: its packed copy would come on top of the embedding."""
     for layer in weights.layers:
         for linear in layer.linears:
             linear.pack()
-    if not tied or weights.embedding.nbytes <= MAX_TIED_COPY_BYTES:
+    if stage.is_last and (not tied or weights.embedding.nbytes <= MAX_TIED_COPY_BYTES):
         weights.lm_head.pack(keep_weight=tied)

@@ -95,13 +95,20 @@ class RankThreads:
         for runner in self.runners:
             runner.bind_pool(pool, scales)
 
-    def launch(self, rows: Sequence[Row]) -> Launched:
+    def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched:
+        return self._together(lambda rows: self.runners[0].launch(rows, entering), rows)
+
+    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> torch.Tensor:
+        return self._together(lambda rows: self.runners[0].advance(rows, entering), rows)
+
+    def _together(self, call: Callable[[Sequence[Row]], T], rows: Sequence[Row]) -> T:
+        """Rank 0 makes the call, and the others join the step."""
         with ThreadPoolExecutor(len(self.runners)) as threads:
             joined = [threads.submit(self._guarded, self._join, index) for index in range(1, len(self.runners))]
-            launched = self._guarded(self.runners[0].launch, rows)
+            made = self._guarded(call, rows)
         for each in joined:
             each.result()
-        return launched
+        return made
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
         return self.launch(rows).read()

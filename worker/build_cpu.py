@@ -10,35 +10,38 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from baton.kvtransfer.blocks.copies import Copies, HostCopies
-from baton.kvtransfer.blocks.layout import KVLayout, Scales
+from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
+from baton.kvtransfer.blocks.stage_pools import StagePools
 from baton.kvtransfer.planes.base import Plane
-from baton.kvtransfer.planes.shm import ShmPlane
-from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.transfer import POLL_S
+from baton.kvtransfer.reshard import Cut
 from baton.models.check import longest_known
 from baton.models.config import ModelConfig
-from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fallback.config import model_config
-from baton.models.kv_format import KvFormat
-from baton.models.partition import check_partition
+from baton.models.partition import check_partition, check_stages
 from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
+from baton.worker.host_planes import PLANES, plane_maker, planes_by_layer
+from baton.worker.kv_layout import layout_of, name_of
 from baton.worker.parts import NO_CHECKSUMS, Runner, StepChecksums
-from baton.worker.ranks.group import NO_RANKS, RankGroup, Ranks
-from baton.worker.ranks.messages import RankStart, SharedBytes
+from baton.worker.ranks.group import RankGroup, start_ranks
+from baton.worker.ranks.loading import load_part
+from baton.worker.ranks.members import NO_RANKS, NoRanks, Ranks, pool_made
+from baton.worker.ranks.messages import ModelPart
 from baton.worker.settings import WorkerSettings, WorkerSizes
+from baton.worker.stages.group import StageGroup
+from baton.worker.stages.runner import PipelineRunner
 
 logger = logging.getLogger("worker")
 
@@ -84,8 +87,15 @@ def load_model(
     settings: WorkerSettings, sizes: WorkerSizes, device: str, role: Role, folder: Path, draft: Path | None = None
 ) -> LoadedModel:
     """draft: the folder of an EAGLE-3 draft. Raises SettingsError for what cannot run, or does not fit."""
+    if settings.pp > 1 and role != "prefill":
+        raise SettingsError(
+            f"--pp {settings.pp}: a {role} worker has one stage: each token of an answer would wait for all stages in "
+            "turn, so only prefill workers have more; --tp shares out a decode worker"
+        )
     if device == "cpu":
-        return _load_on_cpu(settings, sizes, folder, draft)
+        return _load_on_cpu(settings, sizes, role, folder, draft)
+    if settings.pp > 1:
+        raise SettingsError(f"--pp {settings.pp}: the stages of a worker compute on CPUs only: --device cpu, or --pp 1")
     if settings.tp > 1:
         from baton.worker.build_ranks import load_ranks_on_cuda
 
@@ -102,28 +112,6 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: this torch sees no CUDA device")
     return device
-
-
-def layout_of(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:
-    """has_draft: the KV of a draft is one more layer."""
-    scales: Scales = "none"
-    if kv_format.quantised:
-        scales = "token" if kv_format.has_scales_inside else "static"
-    return KVLayout.of_model(
-        num_layers=config.num_layers + has_draft,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_tokens=block_tokens,
-        dtype=name_of(kv_format.dtype),
-        scales=scales,
-        scales_digest=kv_format.scales_digest(),
-        planes=config.kv_planes,
-    )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 def pool_blocks(num_blocks: int | None, kv_memory_gib: float, layout: KVLayout) -> int:
@@ -158,81 +146,107 @@ def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, draft: Path | None) -> LoadedModel:
-    if settings.tp == 1:
-        return _load_rank(settings, sizes, folder, NO_PEERS, NO_RANKS, draft)
+def _load_on_cpu(
+    settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path, draft: Path | None
+) -> LoadedModel:
     config = model_config(folder)
     check_partition(config, settings.tp)
-    if settings.threads is None:  # torch's choice is all cores for each process
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.tp)))
-    group = RankGroup(settings.tp, partial(rank_start, settings, folder, config.vocab_size))
+    check_stages(config, settings.pp)
+    if settings.threads is None and settings.tp * settings.pp > 1:  # torch's choice is all cores for each process
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // (settings.tp * settings.pp))))
+    part = model_part(settings, folder, config.vocab_size)
+    how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
+    stages = StageGroup(part, settings.tp, *how) if settings.pp > 1 else None
+    ranks: Ranks = NO_RANKS if stages is None else stages
     try:
-        return _load_rank(settings, sizes, folder, group.peers(config.vocab_size), group)
+        group, peers = start_ranks(part, settings.tp, *how)
+        ranks = group if stages is None else stages.with_ranks(group)
+        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), draft, settings.most_drafts)
+        if stages is not None:
+            return _in_stages(settings, sizes, runner, stages, group)
+        return _in_one_pool(settings, sizes, role, runner, group, draft is not None)
     except BaseException:
-        group.close()
+        ranks.close()
         raise
 
 
-def rank_start(
-    settings: WorkerSettings, folder: Path, vocab_size: int, index: int, fds: dict[int, int], memory: SharedBytes
-) -> RankStart:
-    """Describes a rank from 1 on, which loads its part while this process loads that of rank 0."""
-    return RankStart(
-        index=index,
-        count=settings.tp,
-        starter_pid=os.getpid(),
-        name=f"{settings.worker_id or 'worker'}/{index}",
-        log_level=settings.log_level,
-        peer_fds=fds,
-        memory=memory,
-        vocab_size=vocab_size,
+def model_part(settings: WorkerSettings, folder: Path, vocab_size: int) -> ModelPart:
+    """What each process of the worker loads its part of; the first stage's."""
+    return ModelPart(
         folder=str(folder),
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         load_format=settings.load_format,
         quantization=settings.quantization,
         max_model_len=settings.max_model_len,
-        threads=torch.get_num_threads(),
+        vocab_size=vocab_size,
+        num_stages=settings.pp,
     )
 
 
-def _load_rank(
+def _in_one_pool(
     settings: WorkerSettings,
     sizes: WorkerSizes,
-    folder: Path,
-    peers: RankPeers,
-    ranks: Ranks,
-    draft: Path | None = None,
+    role: Role,
+    runner: ModelRunner,
+    ranks: RankGroup | NoRanks,
+    has_draft: bool,
 ) -> LoadedModel:
-    """Rank 0's part of the model over the pool of all ranks."""
-    runner = ModelRunner.load(
-        folder,
-        dtype=settings.dtype,
-        kv_dtype=settings.kv_dtype,
-        load_format=settings.load_format,
-        quantization=settings.quantization,
-        max_model_len=settings.max_model_len,
-        on_progress=progress_log("loading_weights", "tensors"),
-        peers=peers,
-        eagle=draft,
-        most_drafts=settings.most_drafts,
-    )
-    layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens, has_draft=draft is not None)
-    longest = longest_known(settings.max_model_len, runner.config)
-    names = checked_planes(sizes.plane, ("shm", "zmq"))
+    """The model over the pool of all ranks."""
+    layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens, has_draft=has_draft)
     pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
     runner.bind_pool(pool.tensor, pool.scales)
-    ranks.share_pool(pool)
+    if not isinstance(ranks, NoRanks):
+        ranks.share_pool(pool_made(pool))
+    names = checked_planes(sizes.plane, PLANES)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
-        makers: dict[str, Callable[[], Plane]] = {
-            "shm": lambda: ShmPlane(pool),
-            "zmq": lambda: ZmqPlane(context, pool, identity, host),
-        }
-        return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
+        make = plane_maker(context, host)
+        planes = [make(name, pool, identity) for name in names if name != "shm" or pool.shared is not None]
+        if role == "prefill":
+            return planes
+        # A worker with stages has pools of its stages' layers, and so has no plane of whole blocks.
+        return planes + planes_by_layer(Cut.even(pool.num_units, 1, layout.num_layers), [pool], names, make, identity)
 
+    return _loaded(settings, runner, runner, pool, layout, make_planes, HostCopies(pool), ranks)
+
+
+def _in_stages(
+    settings: WorkerSettings,
+    sizes: WorkerSizes,
+    first: ModelRunner,
+    stages: StageGroup,
+    ranks: RankGroup | NoRanks,
+) -> LoadedModel:
+    """The model over a pool for each stage, all in the memory of this process."""
+    layout = layout_of(first.config, first.kv_format, sizes.block_tokens)
+    cut = Cut.even(layout.num_units, 1, layout.num_layers, settings.pp)
+    pools = StagePools(cut, layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
+    own, *others = pools.pools
+    first.bind_pool(own.tensor, own.scales)
+    ranks.share_pool(pool_made(own))
+    stages.share_pools(others)
+    names = checked_planes(sizes.plane, PLANES)
+
+    def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
+        return planes_by_layer(cut, pools.pools, names, plane_maker(context, host), identity)
+
+    runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
+    return _loaded(settings, first, runner, pools, layout, make_planes, HostCopies(pools), stages)
+
+
+def _loaded(
+    settings: WorkerSettings,
+    loaded: ModelRunner,
+    runner: Runner,
+    pool: KvPool,
+    layout: KVLayout,
+    make_planes: MakePlanes,
+    copies: Copies,
+    ranks: Ranks,
+) -> LoadedModel:
+    longest = longest_known(settings.max_model_len, loaded.config)
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
-    dtype = name_of(runner.dtype)
-    return LoadedModel(
-        runner.config, runner, pool, layout, dtype, max_model_len, make_planes, HostCopies(pool), ranks=ranks
-    )
+    dtype = name_of(loaded.dtype)
+    return LoadedModel(loaded.config, runner, pool, layout, dtype, max_model_len, make_planes, copies, ranks=ranks)

@@ -34,11 +34,10 @@ from baton.node.telemetry import log_event
 from baton.worker.build_cpu import (
     LoadedModel,
     checked_planes,
-    layout_of,
-    name_of,
     pool_blocks,
     progress_log,
 )
+from baton.worker.kv_layout import layout_of, name_of
 from baton.worker.parts import NO_CHECKSUMS, StepChecksums
 from baton.worker.settings import WorkerSettings, WorkerSizes
 

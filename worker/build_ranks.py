@@ -27,10 +27,11 @@ from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import LoadedModel, checked_planes, name_of, pool_blocks, progress_log, rank_start
+from baton.worker.build_cpu import LoadedModel, checked_planes, model_part, pool_blocks, progress_log
+from baton.worker.kv_layout import name_of
 from baton.worker.ranks.device import DTYPES, DeviceRank, device_layout
 from baton.worker.ranks.following import LeadingRunner
-from baton.worker.ranks.group import RankGroup
+from baton.worker.ranks.group import RankGroup, rank_start
 from baton.worker.ranks.messages import (
     DeviceLoaded,
     DevicePoolsMade,
@@ -61,8 +62,11 @@ def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role,
     if settings.most_drafts:
         raise SettingsError(f"--speculate: no drafts are verified by --tp {count} on GPUs")
 
+    part = model_part(settings, folder, config.vocab_size)
+    how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
+
     def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
-        described = rank_start(settings, folder, config.vocab_size, index, fds, memory)
+        described = rank_start(part, count, *how, index, fds, memory)
         return msgspec.structs.replace(described, device=_share(settings, sizes, index))
 
     group = RankGroup(count, start)

@@ -86,6 +86,14 @@ class WorkerSettings:
     rank_gpus: tuple[int, ...] = option(
         (), metavar="GPU", help="numbers of the GPUs of --tp ranks, in their order; default: from --gpu on", minimum=0
     )
+    pp: int = option(
+        1,
+        unit="stages",
+        help="pipeline parallel size of a prefill worker: processes that each have some of the layers, and pass "
+        "chunks of prompts on; on CPUs only so far",
+        minimum=1,
+        maximum=8,
+    )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     quantization: str | None = option(
         None,
@@ -176,6 +184,8 @@ class WorkerSettings:
                 f"--speculate eagle with --tp {self.tp}: a draft is computed by workers of one rank; use --tp 1, "
                 "or --speculate ngram"
             )
+        if self.draft_model is not None and self.pp > 1:
+            raise SettingsError(f"--speculate eagle with --pp {self.pp}: no stage computes the KV of a draft")
 
     @property
     def draft_model(self) -> str | None:

@@ -43,7 +43,7 @@ from baton.worker.grammars import LIBRARY, GrammarCompiler
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
-from baton.worker.ranks.group import Ranks
+from baton.worker.ranks.members import Ranks
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -147,6 +147,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         role=role,
         model=folder.name,
         ranks=settings.tp,
+        stages=settings.pp,
         dtype=model.dtype,
         kv_dtype=layout.dtype,
         device=device,

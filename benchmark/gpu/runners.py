@@ -31,7 +31,7 @@ from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 BLOCK_TOKENS = 64
 

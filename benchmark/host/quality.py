@@ -31,7 +31,7 @@ from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.testing.coded_inputs import RUNS, with_coded_inputs
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 BLOCK_TOKENS = 16
 PLAIN = "bf16/auto"

@@ -13,7 +13,6 @@ import numpy as np
 import xxhash
 
 from baton.kvtransfer.blocks.checksum import digest_of_sums
-from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.node.messages.store import DigestName
 
 IN_FLIGHT = 2
@@ -76,10 +75,24 @@ class Copies(Protocol):
         ...
 
 
+class UnitBytes(Protocol):
+    """The units of a pool in host memory, each in one part, or in as many as there are stages that hold its layers."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def num_units(self) -> int: ...
+
+    def unit_parts(self, index: int) -> list[list[memoryview]]:
+        """The writable bytes of each unit of one block, in order."""
+        ...
+
+
 class HostCopies:
     """For pools in host memory: at once. numpy and xxhash work without the interpreter's lock, beside the model."""
 
-    def __init__(self, pool: BlockMemory) -> None:
+    def __init__(self, pool: UnitBytes) -> None:
         self._pool = pool
         self.digest: DigestName = "xxh3"
         self.block_bytes = pool.block_bytes
@@ -92,29 +105,29 @@ class HostCopies:
         return NoLock()
 
     def begin_load(self, pairs: Sequence[Pair]) -> int:
-        return self._done([self._copy(held, span, held) for held, span in self._ends(pairs)])
+        return self._done([self._copy(block, span, loads=True) for block, span in pairs])
 
     def begin_save(self, pairs: Sequence[Pair]) -> int:
-        return self._done([self._copy(span, held, held) for held, span in self._ends(pairs)])
+        return self._done([self._copy(block, span, loads=False) for block, span in pairs])
 
     def ended(self, copy: int) -> list[bytes] | None:
         return self._digests.pop(copy)
 
     def close(self) -> None: ...
 
-    def _ends(self, pairs: Sequence[Pair]) -> list[tuple[memoryview, memoryview]]:
-        return [(self._pool.block(block), span) for block, span in pairs]
-
-    def _copy(self, target: memoryview, source: memoryview, held: memoryview) -> bytes:
-        """The digest of `held`, which is one of the two: taken piece by piece, as long as it is in the cache."""
-        into, out_of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
-        unit_bytes, sums = self.block_bytes // self.num_units, []
-        for unit in range(0, self.block_bytes, unit_bytes):
+    def _copy(self, block: int, span: memoryview, *, loads: bool) -> bytes:
+        """The digest of the block: taken piece by piece, as long as it is in the cache."""
+        sums, first = [], 0
+        for parts in self._pool.unit_parts(block):
             state = xxhash.xxh3_128()
-            for start in range(unit, unit + unit_bytes, PIECE_BYTES):
-                piece = slice(start, min(start + PIECE_BYTES, unit + unit_bytes))
-                np.copyto(into[piece], out_of[piece])
-                state.update(held[piece])
+            for part in parts:
+                for start in range(0, len(part), PIECE_BYTES):
+                    held = part[start : start + PIECE_BYTES]
+                    outside = span[first : first + len(held)]
+                    target, source = (held, outside) if loads else (outside, held)
+                    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+                    state.update(held)
+                    first += len(held)
             sums.append(state.digest())
         return digest_of_sums(sums)
 

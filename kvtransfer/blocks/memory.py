@@ -89,6 +89,11 @@ class HostMemory:
             raise InvariantBroken(f"block {index} of a pool of {self.num_blocks}")
         return self.view[index * self.block_bytes : (index + 1) * self.block_bytes]
 
+    def unit_parts(self, index: int) -> list[list[memoryview]]:
+        """The writable bytes of each unit of one block, in one part each: see copies.UnitBytes."""
+        block, unit_bytes = self.block(index), self.block_bytes // self.num_units
+        return [[block[start : start + unit_bytes]] for start in range(0, self.block_bytes, unit_bytes)]
+
     def close(self) -> None:
         """Give the memory back: at once, or with the last view of it that someone still holds. May be repeated."""
         if self._view is None:

@@ -50,6 +50,10 @@ class BlockPool:
         """The writable bytes of one block, [block_bytes]."""
         return self._memory.block(index)
 
+    def unit_parts(self, index: int) -> list[list[memoryview]]:
+        """The writable bytes of each unit of one block, in one part each: see copies.UnitBytes."""
+        return self._memory.unit_parts(index)
+
     def write(self, index: int, data: bytes | bytearray | memoryview) -> None:
         """Replace a block's bytes. Raises ValueError unless there are exactly `block_bytes`."""
         if len(data) != self.block_bytes:

@@ -1,9 +1,10 @@
 """A data plane between two workers whose ranks each have a pool: a chunk is fanned out over pairs of ranks.
 
-Each rank has an end of some other plane over the units of its pool. The plan (kvtransfer.reshard) says which units a
-rank gets from which rank of the peer, for any two sizes; a chunk has moved when all its pieces have. The first piece
-that fails fails the chunk, which is reported once no other piece can touch a block any more. Ends know ranks by the
-name of their worker and their number, and pieces by ids that both workers derive from the chunk's.
+Each rank has an end of some other plane over the units of its pool or, where workers may have stages, over the layers
+of these units. The plan (kvtransfer.reshard) says which units and layers a rank gets from which rank of the peer, for
+any two sizes; a chunk has moved when all its pieces have. The first piece that fails fails the chunk, which is reported
+once no other piece can touch a block any more. Ends know ranks by the name of their worker and their number, stage by
+stage, and pieces by ids that both workers derive from the chunk's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.ledger import check_posting
-from baton.kvtransfer.reshard import Cut, Piece, reshard
+from baton.kvtransfer.reshard import Cut, Piece, RankId, reshard
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 
@@ -32,12 +33,14 @@ class RankAddresses(msgspec.Struct, frozen=True):
     total_units: int
     num_layers: int
     ranks: tuple[PlaneAddress, ...]
+    """Of all stages, one behind the other."""
+    stages: int = 1
 
 
 class PieceIo(NamedTuple):
     """A piece's operation at the end of one of the local ranks."""
 
-    rank: int
+    end: int
     key: ChunkKey
 
 
@@ -62,21 +65,26 @@ class RankPeer:
     address: PlaneAddress
     sends: tuple[Piece, ...]
     receives: tuple[Piece, ...]
-    num_ranks: int
+    cut: Cut
 
 
-def rank_name(worker: str, rank: int) -> str:
-    """The identity of a rank's end."""
-    return f"{worker}/{rank}"
+def rank_name(worker: str, end: int) -> str:
+    """The identity of the end of a rank, which have numbers over all stages."""
+    return f"{worker}/{end}"
 
 
 class ShardedPlane:
-    """One end. `ends`: of the local ranks in order, each over its units, with an identity of `rank_name`."""
+    """One end. `ends`: of the local ranks in order, stage by stage, with identities of `rank_name`; each over its units
+    or, `by_layer`, over the layers of its units, which only such peers reach."""
 
-    def __init__(self, cut: Cut, num_blocks: int, ends: Sequence[Plane]) -> None:
-        if len(ends) != cut.ranks or len(cut.layers) != 1:
-            raise ValueError(f"{len(ends)} ends for {cut.ranks} ranks in {len(cut.layers)} stages")
-        self.name = f"{ends[0].name}_ranks"
+    def __init__(self, cut: Cut, num_blocks: int, ends: Sequence[Plane], by_layer: bool = False) -> None:
+        stages = len(cut.layers)
+        if len(ends) != cut.ranks * stages or cut != Cut.even(cut.total_units, cut.ranks, cut.num_layers, stages):
+            raise ValueError(f"{len(ends)} ends for {cut.ranks} ranks in stages of layers {cut.layers}")
+        if stages > 1 and not by_layer:
+            raise ValueError(f"whole units, of which each of {stages} stages has some layers")
+        self.name = f"{ends[0].name}_{'layers' if by_layer else 'ranks'}"
+        self._by_layer = by_layer
         self.pulls = ends[0].pulls
         self._cut, self._num_blocks, self._ends = cut, num_blocks, tuple(ends)
         self._peers: dict[str, RankPeer] = {}
@@ -88,7 +96,7 @@ class ShardedPlane:
 
     def describe(self) -> PlaneAddress:
         ranks = tuple(end.describe() for end in self._ends)
-        address = RankAddresses(self._cut.total_units, self._cut.num_layers, ranks)
+        address = RankAddresses(self._cut.total_units, self._cut.num_layers, ranks, len(self._cut.layers))
         return PlaneAddress(plane=self.name, host=host_identity(), address=msgspec.json.encode(address).decode())
 
     def reaches(self, peer: PlaneAddress) -> bool:
@@ -96,7 +104,7 @@ class ShardedPlane:
         addresses, cut = self._read(peer)
         if cut is None:
             return False
-        pairs = {(piece.target.rank, piece.source.rank) for piece in reshard(cut, self._cut)}
+        pairs = {(_end(self._cut, piece.target), _end(cut, piece.source)) for piece in reshard(cut, self._cut)}
         return all(self._ends[own].reaches(addresses[theirs]) for own, theirs in pairs)
 
     def connect(self, peer: str, address: PlaneAddress) -> None:
@@ -108,9 +116,9 @@ class ShardedPlane:
         addresses, cut = self._read(address)
         if cut is None:
             return
-        found = RankPeer(address, reshard(self._cut, cut), reshard(cut, self._cut), cut.ranks)
-        pairs = {(piece.source.rank, piece.target.rank) for piece in found.sends}
-        pairs |= {(piece.target.rank, piece.source.rank) for piece in found.receives}
+        found = RankPeer(address, reshard(self._cut, cut), reshard(cut, self._cut), cut)
+        pairs = {(_end(self._cut, piece.source), _end(cut, piece.target)) for piece in found.sends}
+        pairs |= {(_end(self._cut, piece.target), _end(cut, piece.source)) for piece in found.receives}
         for own, theirs in sorted(pairs):
             self._ends[own].connect(rank_name(peer, theirs), addresses[theirs])
         self._peers[peer] = found
@@ -121,11 +129,10 @@ class ShardedPlane:
         if found is None:
             self._ended.append(IoDone(key, sending=True, ok=False, reason=f"{peer} is not connected"))
             return
-        chunk = self._begin(key, True, [(piece.source.rank, piece) for piece in found.sends])
+        chunk = self._begin(key, True, [(_end(self._cut, piece.source), piece) for piece in found.sends])
         for piece in found.sends:
-            source = _rows(blocks, len(self._cut.units(piece.source.rank)), piece.source_unit, piece.num_units)
-            end, name = self._ends[piece.source.rank], rank_name(peer, piece.target.rank)
-            end.post_send(name, piece_key(chunk.key, piece), source)
+            end, name = self._ends[_end(self._cut, piece.source)], rank_name(peer, _end(found.cut, piece.target))
+            end.post_send(name, piece_key(chunk.key, piece), self._source_rows(self._cut, piece, blocks))
 
     def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
         check_posting(self._num_blocks, blocks, source)
@@ -133,18 +140,16 @@ class ShardedPlane:
         if found is None:
             self._ended.append(IoDone(key, sending=False, ok=False, reason=f"{peer} is not connected"))
             return
-        theirs = Cut.even(self._cut.total_units, found.num_ranks, self._cut.num_layers)
-        chunk = self._begin(key, False, [(piece.target.rank, piece) for piece in found.receives])
+        chunk = self._begin(key, False, [(_end(self._cut, piece.target), piece) for piece in found.receives])
         for piece in found.receives:
-            rows = _rows(source, len(theirs.units(piece.source.rank)), piece.source_unit, piece.num_units)
-            own = _rows(blocks, len(self._cut.units(piece.target.rank)), piece.target_unit, piece.num_units)
-            end, name = self._ends[piece.target.rank], rank_name(peer, piece.source.rank)
-            end.post_receive(name, piece_key(chunk.key, piece), rows, own)
+            theirs, own = self._source_rows(found.cut, piece, source), self._target_rows(piece, blocks)
+            end, name = self._ends[_end(self._cut, piece.target)], rank_name(peer, _end(found.cut, piece.source))
+            end.post_receive(name, piece_key(chunk.key, piece), theirs, own)
 
     def poll(self) -> list[IoDone]:
-        for rank, end in enumerate(self._ends):
+        for number, end in enumerate(self._ends):
             for done in end.poll():
-                self._on_piece(PieceIo(rank, done.key), done)
+                self._on_piece(PieceIo(number, done.key), done)
         for chunk in self._chunks:
             chunk.stopping = {piece for piece in chunk.stopping if not self._is_idle(piece)}
             if not chunk.waiting and not chunk.stopping:
@@ -171,8 +176,8 @@ class ShardedPlane:
     def forget(self, peer: str) -> None:
         found = self._peers.pop(peer, None)
         for end in self._ends:
-            for rank in range(found.num_ranks if found is not None else 0):
-                end.forget(rank_name(peer, rank))
+            for number in range(_num_ends(found.cut) if found is not None else 0):
+                end.forget(rank_name(peer, number))
 
     @property
     def pending(self) -> bool:
@@ -193,8 +198,26 @@ class ShardedPlane:
 
     # -- inside
 
+    def _source_rows(self, cut: Cut, piece: Piece, blocks: Sequence[int]) -> list[int]:
+        """The piece of these blocks in the pool of the rank of `cut` that has it."""
+        layers = range(piece.source_layer, piece.source_layer + piece.num_layers)
+        return self._rows(cut, piece.source, blocks, piece.source_unit, piece.num_units, layers)
+
+    def _target_rows(self, piece: Piece, blocks: Sequence[int]) -> list[int]:
+        """The same in the pool of the local rank that needs it."""
+        layers = range(piece.target_layer, piece.target_layer + piece.num_layers)
+        return self._rows(self._cut, piece.target, blocks, piece.target_unit, piece.num_units, layers)
+
+    def _rows(
+        self, cut: Cut, rank: RankId, blocks: Sequence[int], first_unit: int, num_units: int, layers: range
+    ) -> list[int]:
+        """The numbers of these units of each block in a rank's pool of units, or of their layers in that of layers."""
+        per_block, per_unit = len(cut.units(rank.rank)), len(cut.layers[rank.stage])
+        units = [block * per_block + first_unit + unit for block in blocks for unit in range(num_units)]
+        return [unit * per_unit + layer for unit in units for layer in layers] if self._by_layer else units
+
     def _begin(self, key: ChunkKey, sending: bool, pieces: Sequence[tuple[int, Piece]]) -> ChunkIo:
-        chunk = ChunkIo(key, sending, {PieceIo(rank, piece_key(key, piece)) for rank, piece in pieces})
+        chunk = ChunkIo(key, sending, {PieceIo(end, piece_key(key, piece)) for end, piece in pieces})
         self._chunks.append(chunk)
         self._of_piece.update(dict.fromkeys(chunk.waiting, chunk))
         return chunk
@@ -205,17 +228,17 @@ class ShardedPlane:
             return  # it was cancelled
         chunk.waiting.discard(piece)
         if not done.ok:
-            chunk.reason = f"rank {piece.rank}: {done.reason}"
+            chunk.reason = f"rank {piece.end}: {done.reason}"
             for other in chunk.waiting:
                 self._stop(other)
             chunk.stopping, chunk.waiting = chunk.stopping | chunk.waiting, set()
 
     def _stop(self, piece: PieceIo) -> None:
         self._of_piece.pop(piece, None)
-        self._ends[piece.rank].cancel(piece.key.transfer_id)
+        self._ends[piece.end].cancel(piece.key.transfer_id)
 
     def _is_idle(self, piece: PieceIo) -> bool:
-        return self._ends[piece.rank].idle(piece.key.transfer_id)
+        return self._ends[piece.end].idle(piece.key.transfer_id)
 
     def _has_ended(self, chunk: ChunkIo) -> bool:
         """Whether its pieces touch nothing any more, though `poll` has not reported it yet."""
@@ -238,19 +261,27 @@ class ShardedPlane:
             sizes = (read.total_units, read.num_layers)
             if sizes != (self._cut.total_units, self._cut.num_layers) or len(read.ranks) > MAX_RANKS:
                 return (), None
-            return read.ranks, Cut.even(read.total_units, len(read.ranks), read.num_layers)
-        except (msgspec.MsgspecError, ValueError):
+            ranks, left = divmod(len(read.ranks), read.stages)
+            if left or (read.stages > 1 and not self._by_layer):
+                return (), None
+            return read.ranks, Cut.even(read.total_units, ranks, read.num_layers, read.stages)
+        except (msgspec.MsgspecError, ValueError, ZeroDivisionError):
             return (), None
 
 
 def piece_key(key: ChunkKey, piece: Piece) -> ChunkKey:
     """Names the movement of a piece of a chunk; the same at both workers. Its transfer id is its own, so that an end
     can cancel it alone."""
-    names = f"{key.seq} {key.retry} {piece.source.rank} {piece.target.rank} {piece.source_unit}"
+    ranks = f"{piece.source.stage} {piece.source.rank} {piece.target.stage} {piece.target.rank}"
+    names = f"{key.seq} {key.retry} {ranks} {piece.source_unit} {piece.source_layer}"
     transfer_id = blake2b(names.encode(), key=key.transfer_id, digest_size=TRANSFER_ID_BYTES).digest()
     return ChunkKey(transfer_id, key.seq, key.retry)
 
 
-def _rows(blocks: Sequence[int], units_per_block: int, first_unit: int, num_units: int) -> list[int]:
-    """The numbers of these units of each block in a pool of units."""
-    return [block * units_per_block + first_unit + unit for block in blocks for unit in range(num_units)]
+def _end(cut: Cut, rank: RankId) -> int:
+    """The number of a rank's end over all stages."""
+    return rank.stage * cut.ranks + rank.rank
+
+
+def _num_ends(cut: Cut) -> int:
+    return cut.ranks * len(cut.layers)

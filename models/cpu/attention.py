@@ -11,11 +11,12 @@ from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.step_batch import PoolShape, StepBatch
 from baton.models.layers import GroupedAttention, LatentAttention, describe
-from baton.models.partition import WHOLE, Rank
+from baton.models.partition import ONLY_STAGE, WHOLE, Rank, Stage
 
 
 class PagedAttention:
-    """A rank's attention of one model over one pool, with blocks of so many tokens and all key heads."""
+    """A rank's attention over the pool of its stage, with blocks of so many tokens, all key heads and the stage's
+    layers, which are counted from its first."""
 
     def __init__(
         self,
@@ -25,6 +26,7 @@ class PagedAttention:
         element_bytes: int,
         rank: Rank = WHOLE,
         draft: GroupedAttention | None = None,
+        stage: Stage = ONLY_STAGE,
     ) -> None:
         """element_bytes: of the numbers that are gathered. draft: of the draft whose layer lies behind the model's."""
         self._kv = kv
@@ -32,12 +34,12 @@ class PagedAttention:
         self.shape = PoolShape(
             num_units=config.num_kv_heads,
             units=units,
-            num_layers=config.num_layers + (draft is not None),
+            num_layers=len(stage.layers(config.num_layers)) + (draft is not None),
             block_tokens=block_tokens,
             token_bytes=config.kv_planes * len(units) * config.head_dim * element_bytes,
             num_planes=config.kv_planes,
         )
-        self._shapes = [shape.attention for shape in describe(config, rank)]
+        self._shapes = [shape.attention for shape in describe(config, rank, stage)]
         if draft is not None:
             self._shapes.append(draft)
 

@@ -31,6 +31,7 @@ from baton.models.layer_weights import (
     Weights,
 )
 from baton.models.layers import ExpertsMlp, GroupedAttention, LatentAttention
+from baton.models.partition import ONLY_STAGE, Stage
 from baton.models.rope import inverse_frequencies, rotations
 from baton.models.rope_config import RopeConfig
 
@@ -49,8 +50,9 @@ class Decoder(Protocol):
     """A model that a CPU runner computes steps with."""
 
     def __call__(self, attention: PagedAttention, step: StepBatch, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
-        """What logits are made of, [kept tokens, hidden]; keys and values of all tokens are in the pool afterwards.
-        adapters: of the step's tokens."""
+        """What logits are made of, [kept tokens, hidden]; keys and values of all tokens are in the pool afterwards. Of
+        a stage before the last, the residual [N, hidden] of all tokens, with which the next one enters. adapters: of
+        the step's tokens."""
         ...
 
     def logits(self, hidden: torch.Tensor, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
@@ -59,11 +61,18 @@ class Decoder(Protocol):
 
 
 class DenseDecoder:
-    """The decoder of all families that models.layers describes, or a rank's part of it."""
+    """The decoder of all families that models.layers describes, or a part of it: a rank's, a stage's, or both."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, peers: RankPeers = NO_PEERS, tap: Tap = no_tap) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        peers: RankPeers = NO_PEERS,
+        tap: Tap = no_tap,
+        stage: Stage = ONLY_STAGE,
+    ) -> None:
         """tap: called before each layer of a step."""
-        self._config, self._weights, self._peers, self._tap = config, weights, peers, tap
+        self._config, self._weights, self._peers, self._tap, self._stage = config, weights, peers, tap, stage
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=weights.embedding.dtype)
@@ -74,13 +83,16 @@ class DenseDecoder:
             rope: rotations(step.positions, frequencies, rope.attention_factor, weights.embedding.dtype)
             for rope, frequencies in self._frequencies.items()
         }
-        residual = adapters.add_embedding(step.token_ids, F.embedding(step.token_ids, weights.embedding))  # [N, hidden]
-        if config.embedding_scale != 1.0:
-            residual *= self._embedding_scale
-        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers, adapters, self._tap)
+        residual = self._embed(step.token_ids, adapters) if step.entering is None else step.entering  # [N, hidden]
+        shared = self._peers, adapters, self._tap, self._stage.is_last
+        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, *shared)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
         return normed
+
+    def _embed(self, token_ids: torch.Tensor, adapters: RowAdapters) -> torch.Tensor:
+        rows = adapters.add_embedding(token_ids, F.embedding(token_ids, self._weights.embedding))
+        return rows if self._config.embedding_scale == 1.0 else rows.mul_(self._embedding_scale)
 
     def logits(self, hidden: torch.Tensor, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
         logits = adapters.add_head(hidden, self._weights.lm_head(hidden)).float()
@@ -101,12 +113,13 @@ class _StepOps:
         peers: RankPeers,
         adapters: RowAdapters,
         tap: Tap,
+        is_last: bool,
     ) -> None:
-        """ropes: the rotations of the step's positions."""
+        """ropes: the rotations of the step's positions; is_last: logits are made of what the layers leave."""
         self._tap = tap
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
         self._residual, self._peers, self._adapters = residual, peers, adapters
-        self._layer = 0
+        self._is_last, self._layer = is_last, 0
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
         return kernels.rms_norm(self._residual, weight, self._eps)
@@ -144,12 +157,16 @@ class _StepOps:
     def _add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
-        if output_norm is not None:
-            added = kernels.rms_norm(added, output_norm, self._eps)
+        added = self._output_normed(added, output_norm)
         normed, self._residual = kernels.add_rms_norm(added, self._residual, weight, self._eps)
         return normed
 
+    def _output_normed(self, added: torch.Tensor, output_norm: torch.Tensor | None) -> torch.Tensor:
+        return added if output_norm is None else kernels.rms_norm(added, output_norm, self._eps)
+
     def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        if not self._is_last:
+            return self._residual.add_(self._output_normed(added, output_norm))
         kept = self._step.kept_tokens
         if kept is not None:
             added, self._residual = added[kept], self._residual[kept]

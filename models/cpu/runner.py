@@ -10,6 +10,7 @@ Keeps no state between steps beyond the pool's contents: what a sequence is, the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from baton.models.eagle_weights import attention_of, load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
-from baton.models.partition import check_partition
+from baton.models.partition import ONLY_STAGE, Stage, check_partition, check_stages
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import PromptLogprob
@@ -45,10 +46,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class ModelRunner:
-    """Carries out steps of one decoder, or of a rank's part of it, over one pool. One thread makes all calls.
+    """Carries out steps of one decoder, or of a part of it, over one pool. One thread makes all calls.
 
     The ranks of a group share a pool in the host's memory, and each writes and reads its own heads in it. Rank 0
-    launches the steps, and the others join them.
+    launches the steps, and the others join them. Stages have pools of their layers. All but the last `advance` a step,
+    and each but the first gets what the one before it has made of the step's tokens.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ModelRunner:
         peers: RankPeers = NO_PEERS,
         adapters: CpuAdapterSlots | None = None,
         eagle: EagleDrafts | None = None,
+        stage: Stage = ONLY_STAGE,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
         have drafts; by default they are looked up in the sequence. eagle: drafts in its place, from the hidden states
@@ -70,7 +73,7 @@ class ModelRunner:
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.drafter: Drafter = drafter or NgramDrafter()
         self.adapters = adapters or CpuAdapterSlots(config, dtype)
-        self._decoder, self._peers, self._eagle = decoder, peers, eagle
+        self._decoder, self._peers, self._stage, self._eagle = decoder, peers, stage, eagle
         self._vocabulary = CutVocabulary(peers, config.vocab_size)
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
@@ -91,6 +94,7 @@ class ModelRunner:
         max_lora_rank: int = 0,
         eagle: Path | None = None,
         most_drafts: int = 0,
+        stage: Stage = ONLY_STAGE,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
@@ -99,7 +103,7 @@ class ModelRunner:
         load_format: `dummy` makes random weights and reads only the configuration.
         quantization: the recipe by which plain weights become those that they would be when quantised.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
-        peers: the other ranks, where this one holds a part of the model.
+        peers: the other ranks, where this one holds a part of the model; stage: whose layers.
         max_loras, max_lora_rank: adapters that rows of a step may name, and the largest rank of one.
         eagle: the folder of an EAGLE-3 draft, whose layer is one more of the pool; it proposes up to `most_drafts`.
         """
@@ -110,8 +114,9 @@ class ModelRunner:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         recipe = recipe_for(quantization, config)
         check_partition(config, peers.rank.count)
+        check_stages(config, stage.count)
         if max_loras:
-            check_adapters(config, peers.rank.count)
+            check_adapters(config, peers.rank.count, stage.count)
         decoder: Decoder
         eagle_config = None if eagle is None else read_eagle(eagle, config)
         drafts = None
@@ -122,17 +127,25 @@ class ModelRunner:
             config, decoder = load_fallback(config, folder, DTYPES[name], load_format)
         else:
             weights = load_weights(
-                config, folder, DTYPES[name], "cpu", load_format, on_progress, rank=peers.rank, recipe=recipe
+                config,
+                folder,
+                DTYPES[name],
+                "cpu",
+                load_format,
+                on_progress,
+                rank=peers.rank,
+                stage=stage,
+                recipe=recipe,
             )
             if eagle is not None and eagle_config is not None:
                 if kv_dtype == "fp8_static":
                     raise SettingsError("--kv-dtype fp8_static with --speculate eagle: a draft has no scales; use fp8")
                 draft_weights = load_eagle(eagle_config, eagle, weights, load_format, pack=True)
                 drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
-            decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap)
+            decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap, stage)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
         adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank)
-        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts)
+        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts, stage=stage)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -142,13 +155,18 @@ class ModelRunner:
     @property
     def num_kv_layers(self) -> int:
         """Of the pool: the model's, and that of a draft."""
-        return self.config.num_layers + (self._eagle is not None)
+        return len(self._layers) + (self._eagle is not None)
 
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
         config = self.config
         layers, planes = self.num_kv_layers, config.kv_planes
         return (num_blocks, config.num_kv_heads, layers, planes, block_tokens, config.head_dim)
+
+    @property
+    def _layers(self) -> range:
+        """Of the model, those of this stage."""
+        return self._stage.layers(self.config.num_layers)
 
     def bind_pool(self, pool: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """Steps use this pool from now on. Its layers must be contiguous, and zeroed: masks hide numbers, not NaN.
@@ -164,17 +182,20 @@ class ModelRunner:
             raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
         kv: PagedKv
         if self.kv_format.quantised:
-            kv = QuantisedKv(pool, scales, self.kv_format.static, self.dtype)
+            static = self.kv_format.static
+            own = None if static is None else static[self._layers.start : self._layers.stop]
+            kv = QuantisedKv(pool, scales, own, self.dtype)
         else:
             kv = PlainKv(pool)
         draft = None if self._eagle is None else attention_of(self._eagle.config)
         rank, element_bytes = self._peers.rank, self.dtype.itemsize
-        self._attention = PagedAttention(self.config, kv, pool.shape[4], element_bytes, rank, draft)
+        self._attention = PagedAttention(self.config, kv, pool.shape[4], element_bytes, rank, draft, self._stage)
         if self._eagle is not None:
             self._eagle.bind(self._attention)
 
-    def launch(self, rows: Sequence[Row]) -> Launched:
-        """As models.batch.Runner says; a step without masked draws has ended when this returns."""
+    def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched:
+        """As models.batch.Runner says; a step without masked draws has ended when this returns. `entering`: what the
+        stage before has made of the rows, which then have no drafts."""
         if not rows:
             return Done([])
         if self._eagle is None:
@@ -182,19 +203,29 @@ class ModelRunner:
         else:
             verified = Verified.proposed(rows, self._eagle.drafts_for)
         self._peers.begin(verified.rows)
-        opened = self._open(verified)
+        opened = self._open(verified, entering)
         return opened if opened.masked_rows else opened.draw({})
+
+    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> torch.Tensor:
+        """A step in a stage before the last: what the next one enters with, [N, hidden]."""
+        self._peers.begin(rows)
+        with torch.inference_mode():
+            return self._forward(rows, entering)[1]
 
     def join(self, rows: Sequence[Row]) -> None:
         """Compute this rank's part of the step that rank 0 began with these rows. Only rank 0 draws what is not plain
         (models.cpu.cut_vocabulary): here any draw that is not does as well."""
-        self._open(Verified(list(rows), len(rows), {}))
+        if self._stage.is_last:
+            self._open(Verified(list(rows), len(rows), {}), None)
+            return
+        with torch.inference_mode():
+            self._forward(rows, None)
 
-    def _open(self, verified: Verified) -> OpenStep:
+    def _open(self, verified: Verified, entering: torch.Tensor | None) -> OpenStep:
         """A step up to its logits, with the tokens that all ranks draw together."""
         rows = verified.rows
         with torch.inference_mode():
-            step, hidden = self._forward(rows)
+            step, hidden = self._forward(rows, entering)
             num_drawn = len(step.drawn_rows)
             share = self._decoder.logits(hidden[:num_drawn], self._adapters_of(step.kept_slots(num_drawn)))
             drawing = [rows[index] for index in step.drawn_rows]
@@ -223,13 +254,13 @@ class ModelRunner:
     def compute(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
         """A step up to the logits, float32 [drawn rows, vocab], in the order of the StepBatch's drawn_rows."""
         with torch.inference_mode():
-            step, hidden = self._forward(rows)
+            step, hidden = self._forward(rows, None)
             num_drawn = len(step.drawn_rows)
             logits = self._decoder.logits(hidden[:num_drawn], self._adapters_of(step.kept_slots(num_drawn)))
             return step, self._vocabulary.whole(logits)
 
-    def _forward(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
-        """A step up to the hidden states of the kept tokens."""
+    def _forward(self, rows: Sequence[Row], entering: torch.Tensor | None) -> tuple[StepBatch, torch.Tensor]:
+        """A step up to what the decoder makes of it."""
         attention = self._attention
         if attention is None:
             raise InvariantBroken("no pool is bound")
@@ -240,7 +271,17 @@ class ModelRunner:
                     f"{longest} tokens; dynamic rope is defined up to {self.config.max_model_len} only"
                 )
         step = lay_out(rows, attention.shape, self.config.sliding_window, self.dtype)
+        if not self._stage.is_first:
+            step = replace(step, entering=self._shared(entering, len(step.token_ids)))
         return step, self._decoder(attention, step, self._adapters_of(step.adapter_slots))
+
+    def _shared(self, entering: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
+        """What the step enters this stage with, which rank 0 was given: the others add nothing to it."""
+        if self._peers.rank.index:
+            entering = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype)
+        if entering is None or len(entering) != num_tokens:
+            raise InvariantBroken(f"{num_tokens} tokens enter a stage with {0 if entering is None else len(entering)}")
+        return self._peers.sum(entering)
 
 
 def _lies_without_gaps(pool: torch.Tensor, scales: torch.Tensor | None) -> bool:

@@ -83,6 +83,8 @@ class StepBatch:
     scored: tuple[ScoredSpan, ...] = ()
     adapter_slots: np.ndarray | None = None
     """[N]: of each token, NO_SLOT for none; None: no row of the step has an adapter."""
+    entering: torch.Tensor | None = None
+    """[N, hidden]: the residual that the stage before has left; None in the first stage."""
 
     def kept_slots(self, count: int) -> np.ndarray | None:
         """The slots of the first `count` kept tokens."""

@@ -27,7 +27,7 @@ from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.tests.unit.kernels import kernel_checks as checks
 from baton.tests.unit.models.conftest import Sequences
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 pytestmark = pytest.mark.gpu
 

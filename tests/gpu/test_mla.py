@@ -29,7 +29,7 @@ from baton.node.messages.control import SamplingSpec
 from baton.tests.unit.kernels import latent_checks as checks
 from baton.tests.unit.kernels.kernel_checks import error
 from baton.tests.unit.models.conftest import kv_pool
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from baton.node.modelhub import locate_model
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.conftest import Oracle
 from baton.tests.integration.prompts import LONG
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 pytestmark = pytest.mark.timeout(300)
 

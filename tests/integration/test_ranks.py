@@ -1,7 +1,7 @@
-"""Workers that are groups of processes: the tokens are those of one rank, and the loss of a rank is that of the worker.
+"""Workers that are groups of processes: the tokens are those of one process, and the loss of one is that of the worker.
 
-One cluster for all: prefill on 2 ranks, a decode worker of one rank and one of 2, so KV goes to an equal and to another
-size.
+One cluster for all: prefill on 2 ranks and in 2 stages, a decode worker of one rank and one of 2, so KV goes to an
+equal and to another size, and from pools of stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SOME = PROMPTS[::4]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(prefill_args=("--tp", "2"), log_folder=tmp_path_factory.mktemp("logs")) as cluster:
         cluster.nodes.add_worker("decode", "decode-1", "--tp", "2")
-        cluster.wait_workers("prefill-0", "decode-0", "decode-1")
+        cluster.nodes.add_worker("prefill", "prefill-1", "--tp", "1", "--pp", "2", "--max-chunk-tokens", "16")
+        cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
         yield cluster
 
 
@@ -34,12 +35,34 @@ def rank_of(cluster: Cluster, worker: str) -> int:
     return int(re.findall(r"rank_started rank=1 of=2 pid=(\d+)", cluster.nodes.log(worker))[-1])
 
 
-def test_answers_are_those_of_one_rank(cluster: Cluster, oracle: Oracle) -> None:
-    """Guards against ranks that disagree, and KV whose heads another rank looks for elsewhere."""
+def stage_of(cluster: Cluster, worker: str) -> int:
+    """The process of a worker's second stage."""
+    return int(re.findall(r"stage_started stage=1 of=2 layers=\d+ pid=(\d+)", cluster.nodes.log(worker))[-1])
+
+
+def test_answers_are_those_of_one_process(cluster: Cluster, oracle: Oracle) -> None:
+    """Guards against ranks that disagree, KV whose heads another rank looks for elsewhere, and layers of a stage that
+    get to no decode worker."""
     streams = [cluster.begin(prompt, max_tokens=MAX_TOKENS) for prompt in SOME]
     assert [stream.join().text for stream in streams] == [text for text, _ in oracle.answers(SOME)]
     steps = cluster.worker_values("steps_total")
-    assert steps["decode-0"] and steps["decode-1"], "both sizes have decoded"
+    assert all(steps[f"{role}-{number}"] for role in ("prefill", "decode") for number in (0, 1)), "all have computed"
+    cluster.wait_idle()
+
+
+def test_a_stage_that_dies_in_mid_transfer_ends_its_worker(cluster: Cluster) -> None:
+    """Guards against a worker that goes on without some layers, requests that are lost with it, and KV of which a part
+    never came. Chunks are offered to decode while the next ones are in flight."""
+    before = cluster.worker_values("steps_total")["prefill-1"]
+    prompts = [f"{number} " + " ".join(SOME * 8)[:3000] for number in range(6)]
+    streams = [cluster.begin(prompt, max_tokens=4) for prompt in prompts]
+    cluster.wait_until(lambda: cluster.worker_values("steps_total")["prefill-1"] > before + 3, "steps")
+    os.kill(stage_of(cluster, "prefill-1"), signal.SIGKILL)
+    assert cluster.nodes.wait_end("prefill-1") == 1
+    cluster.nodes.forget("prefill-1")
+    texts = [stream.join().text for stream in streams]
+    assert texts == [cluster.complete(prompt, max_tokens=4)["choices"][0]["text"] for prompt in prompts]
+    assert cluster.counter("retries"), "it had prompts"
     cluster.wait_idle()
 
 

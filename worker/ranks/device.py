@@ -33,7 +33,7 @@ from baton.models.partition import Rank, check_partition, part_of
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 from baton.worker.ranks.exchange import ProcessPeers
 from baton.worker.ranks.following import Follower
 from baton.worker.ranks.links import RankLink
@@ -61,25 +61,25 @@ class DeviceRank:
     @classmethod
     def load(cls, start: RankStart, on_progress: Progress = no_progress) -> DeviceRank:
         """SettingsError for what cannot run."""
-        share, rank, folder = start.device, Rank(start.index, start.count), Path(start.folder)
+        share, rank, folder = start.device, Rank(start.index, start.count), Path(start.model.folder)
         if share is None:
             raise InvariantBroken("a rank on a GPU without its share of one")
         torch.cuda.set_device(share.gpu)
         config = model_config(folder)
         check_partition(config, rank.count)
-        longest = longest_known(start.max_model_len, config)
+        longest = longest_known(start.model.max_model_len, config)
         config = config.up_to(longest)
-        began_at, dtype = time.monotonic(), DTYPES[start.dtype]
+        began_at, dtype = time.monotonic(), DTYPES[start.model.dtype]
         weights = load_weights(
             config,
             folder,
             dtype,
             f"cuda:{share.gpu}",
-            start.load_format,
+            start.model.load_format,
             on_progress,
             pack=False,
             rank=rank,
-            recipe=recipe_for(start.quantization, config),
+            recipe=recipe_for(start.model.quantization, config),
             keep_quantised=True,
         )
         torch.cuda.empty_cache()  # what tensors took on their way is not the model's
@@ -96,7 +96,7 @@ class DeviceRank:
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
         peers = DevicePeers(exchanged, exchange.data.view(-1), config.vocab_size)
-        kv_format = kv_format_of(start.kv_dtype, config, folder, dtype, start.load_format)
+        kv_format = kv_format_of(start.model.kv_dtype, config, folder, dtype, start.model.load_format)
         runner = CudaRunner(config, weights, CudaQueue(share.gpu), limits, longest, kv_format=kv_format, peers=peers)
         layout = device_layout(part_of(config, rank), kv_format, share.block_tokens)
         return cls(rank, share, runner, peers, exchange, layout, sum(sizes_bytes.values()), longest)

@@ -16,22 +16,22 @@ MESSAGE_BYTES = 64 << 10
 
 
 class RankLink:
-    """One end of a pair. `other`: the rank at the other end. Messages keep their bounds."""
+    """One end of a pair. `other`: the number of the rank, or stage, at the other end. Messages keep their bounds."""
 
-    def __init__(self, other: int, end: socket.socket) -> None:
-        self.other = other
+    def __init__(self, other: int, end: socket.socket, kind: str = "rank") -> None:
+        self.other, self.name = other, f"{kind} {other}"
         self._end = end
 
     @classmethod
-    def inherited(cls, other: int, fd: int) -> RankLink:
+    def inherited(cls, other: int, fd: int, kind: str = "rank") -> RankLink:
         """The end that the starter of this process has left open for it."""
-        return cls(other, socket.socket(fileno=fd))
+        return cls(other, socket.socket(fileno=fd), kind)
 
     def send(self, message: bytes) -> None:
         try:
             self._end.send(message)
         except OSError:
-            raise PeerLost(f"rank {self.other} has ended") from None
+            raise PeerLost(f"{self.name} has ended") from None
 
     def receive(self, wait_s: float | None) -> bytes:
         """The next message; None waits until the other end is closed."""
@@ -39,11 +39,11 @@ class RankLink:
         try:
             message = self._end.recv(MESSAGE_BYTES)
         except TimeoutError:
-            raise PeerLost(f"rank {self.other} has not answered for {wait_s} s") from None
+            raise PeerLost(f"{self.name} has not answered for {wait_s} s") from None
         except OSError:
             message = b""
         if not message:
-            raise PeerLost(f"rank {self.other} has ended")
+            raise PeerLost(f"{self.name} has ended")
         return message
 
     def fileno(self) -> int:
@@ -58,9 +58,9 @@ class RankLink:
         self._end.close()
 
 
-def pair(one: int, other: int) -> tuple[RankLink, RankLink]:
-    """The ends of ranks `one` and `other`."""
+def pair(one: int, other: int, kind: str = "rank") -> tuple[RankLink, RankLink]:
+    """The ends of ranks, or of stages, `one` and `other`."""
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (first, second):
         os.set_inheritable(end.fileno(), False)
-    return RankLink(other, first), RankLink(one, second)
+    return RankLink(other, first, kind), RankLink(one, second, kind)

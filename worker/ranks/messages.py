@@ -1,12 +1,27 @@
-"""What rank 0 and another rank tell each other while they start, over the link between the two."""
+"""What a worker's process and another rank, or another stage, tell each other while they start, over the link between
+the two."""
 
 from __future__ import annotations
 
 import msgspec
 
 
+class ModelPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that a process loads its part of, as the worker's settings say. Which rank it is, is said elsewhere."""
+
+    folder: str
+    dtype: str
+    kv_dtype: str
+    load_format: str
+    quantization: str | None
+    max_model_len: int | None
+    vocab_size: int
+    stage: int = 0
+    num_stages: int = 1
+
+
 class SharedBytes(msgspec.Struct, frozen=True):
-    """Memory of rank 0's process, as kvtransfer.blocks.memory.SharedFile describes it."""
+    """Memory of a process, as kvtransfer.blocks.memory.SharedFile describes it."""
 
     fd: int
     size_bytes: int
@@ -27,7 +42,7 @@ class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """To a rank: what it is, and the model that it loads its part of. The settings are the worker's."""
+    """To a rank: what it is, and the model that it loads its part of."""
 
     index: int
     count: int
@@ -38,16 +53,21 @@ class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     peer_fds: dict[int, int]
     """By rank, the open end of the link to it."""
     memory: SharedBytes
-    vocab_size: int
-    folder: str
-    dtype: str
-    kv_dtype: str
-    load_format: str
-    quantization: str | None
-    max_model_len: int | None
+    """Of the starter."""
+    model: ModelPart
     threads: int
     device: DeviceShare | None = None
     """None: on a CPU."""
+
+
+class PoolMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a rank, or a stage, that has loaded: where keys and values of all ranks lie."""
+
+    pid: int
+    """Whose memory it is."""
+    memory: SharedBytes
+    num_blocks: int
+    block_tokens: int
 
 
 class DeviceLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -68,25 +88,33 @@ class DevicePoolsMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     max_model_len: int
 
 
-class PoolMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """To a rank that has loaded: where keys and values of all ranks lie."""
+class StageStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a stage: what it is, and the model that it loads its layers of."""
 
-    memory: SharedBytes
-    num_blocks: int
-    block_tokens: int
+    starter_pid: int
+    name: str
+    """In logs."""
+    log_level: str
+    entering_fd: int
+    """The open end of the link that it gets steps from, and of that to the next stage or, of the last, to the first."""
+    leaving_fd: int
+    model: ModelPart
+    num_ranks: int
+    """Processes that share the stage."""
+    threads: int
 
 
 class RankReady(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: it can join steps."""
+    """From a rank or a stage: it can join steps."""
 
 
 class RankBeat(msgspec.Struct, frozen=True, tag=True):
-    """From a rank that is ready, every BEAT_S: its process runs."""
+    """From a rank or a stage that is ready, every BEAT_S: its process runs."""
 
 
 BEAT_S = 0.5
 
-RankMessage = RankStart | PoolMade | DeviceLoaded | DevicePoolsMade | RankReady | RankBeat
+RankMessage = RankStart | StageStart | PoolMade | DeviceLoaded | DevicePoolsMade | RankReady | RankBeat
 _decoder = msgspec.msgpack.Decoder(RankMessage)
 
 

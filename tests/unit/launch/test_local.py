@@ -196,20 +196,28 @@ def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
 def test_each_role_has_its_number_of_ranks() -> None:
     """Guards against a size of one role that the workers of another get, and more threads than cores."""
 
-    def sizes(settings: ServeSettings) -> dict[str, str]:
+    def sizes(settings: ServeSettings, name: str = "--tp") -> dict[str, str]:
         argvs = {spec.name: spec.argv for spec in plan(settings) if spec.group in ("prefill", "decode", "mixed")}
-        return {name: argv[argv.index("--tp") + 1] if "--tp" in argv else "1" for name, argv in argvs.items()}
+        return {worker: argv[argv.index(name) + 1] if name in argv else "1" for worker, argv in argvs.items()}
 
     cpu = {"device": "cpu"}
     assert sizes(ServeSettings(**cpu)) == {"prefill-0": "1", "decode-0": "1"}
     assert sizes(ServeSettings(tp=2, prefill_tp=1, **cpu)) == {"prefill-0": "1", "decode-0": "2"}
     assert sizes(ServeSettings(decode_tp=4, **cpu)) == {"prefill-0": "1", "decode-0": "4"}
     assert sizes(ServeSettings(tp=2, roles="adaptive", **cpu)) == {"mixed-0": "2", "mixed-1": "2"}
-    assert local.folder_options(ServeSettings(prefill_tp=2)) == {("", "", "", "2", ""), ("", "", "", "1", "")}
+    assert sizes(ServeSettings(prefill_pp=2, tp=2, **cpu), "--pp") == {"prefill-0": "2", "decode-0": "1"}
+    options = local.folder_options(ServeSettings(prefill_tp=2, prefill_pp=3))
+    assert options == {("", "", "", "2", "", "3"), ("", "", "", "1", "", "1")}
+    (env,) = {spec.env["OMP_NUM_THREADS"] for spec in plan(ServeSettings(prefill_pp=8, tp=8, **cpu)) if spec.env}
+    assert env == "1"
     with pytest.raises(SettingsError, match="--prefill-tp and --decode-tp"):
         ServeSettings(roles="adaptive", prefill_tp=2)
     placed = local.place_workers(ServeSettings(tp=2), 4)
     assert [list(placed[name].gpus) for name in ("prefill-0", "decode-0")] == [[0, 1], [2, 3]]
+    with pytest.raises(SettingsError, match="--prefill-pp: with --roles adaptive"):
+        ServeSettings(roles="adaptive", prefill_pp=2)
+    with pytest.raises(SettingsError, match="add --device cpu"):
+        local.place_workers(ServeSettings(prefill_pp=2), 4)
 
 
 def test_proxies_may_start_without_workers() -> None:

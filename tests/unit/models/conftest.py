@@ -13,7 +13,7 @@ from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.node.messages.control import SamplingSpec
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

@@ -23,7 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_good_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a model that is refused though its workers could serve it."""
-    assert main([str(folder), "", "", "", "", ""]) == main([str(folder), "auto", "2048", "fp8", "2", "ngram"]) == 0
+    assert main([str(folder), "", "", "", "", "", ""]) == 0
+    assert main([str(folder), "auto", "2048", "fp8", "2", "ngram", "3"]) == 0
     assert capsys.readouterr().err == ""
     (folder / "model.safetensors").unlink()
     check(folder, "dummy", None)
@@ -31,15 +32,19 @@ def test_a_good_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_context_that_the_model_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against an error only after the weights were read."""
-    assert main([str(folder), "", "2049", "", "1", ""]) == 2
+    assert main([str(folder), "", "2049", "", "1", "", "1"]) == 2
     assert capsys.readouterr().err == "--max-model-len 2049: the model's positions end at 2048\n"
 
 
-def test_ranks_that_cannot_share_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_and_stages_that_cannot_share_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against workers that start, and then cannot cut the weights."""
-    assert main([str(folder), "", "", "", "3", ""]) == main([str(folder), "", "", "", "8", ""]) == 2
-    said = "--tp 3: must be one of 1, 2, 4, 8\n4 query heads cannot be shared out to 8 ranks\n"
-    assert capsys.readouterr().err == said
+    for num_ranks, num_stages in (("3", "1"), ("8", "1"), ("1", "9")):
+        assert main([str(folder), "", "", "", num_ranks, "", num_stages]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "--tp 3: must be one of 1, 2, 4, 8",
+        "4 query heads cannot be shared out to 8 ranks",
+        "--pp 9: must be from 1 to 8",
+    ]
 
 
 def test_a_draft_of_another_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,8 +52,8 @@ def test_a_draft_of_another_model(folder: Path, tmp_path: Path, capsys: pytest.C
     model = ModelConfig.from_folder(folder)
     for name, heads in (("draft", 2), ("other", 4)):
         random_draft(tmp_path / name, model, num_key_value_heads=heads)
-    assert main([str(folder), "", "", "", "", f"eagle:{tmp_path / 'draft'}"]) == 0
-    assert main([str(folder), "", "", "", "", f"eagle:{tmp_path / 'other'}"]) == 2
+    assert main([str(folder), "", "", "", "", f"eagle:{tmp_path / 'draft'}", ""]) == 0
+    assert main([str(folder), "", "", "", "", f"eagle:{tmp_path / 'other'}", ""]) == 2
     assert "num_key_value_heads of the draft is 4, and of the model 2" in capsys.readouterr().err
 
 
@@ -75,5 +80,5 @@ def test_quantised_weights_that_nothing_here_reads(folder: Path, capsys: pytest.
     """Guards against workers that start, and then cannot serve."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
-    assert main([str(folder), "", "", "", "", ""]) == 2
+    assert main([str(folder), "", "", "", "", "", ""]) == 2
     assert "quant_method 'bitsandbytes' are not supported; supported: fp8, " in capsys.readouterr().err

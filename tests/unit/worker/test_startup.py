@@ -18,7 +18,8 @@ from baton.models.kv_format import KvFormat
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
-from baton.worker.build_cpu import checked_planes, choose_device, layout_of, load_model, longest_known, pool_blocks
+from baton.worker.build_cpu import checked_planes, choose_device, load_model, longest_known, pool_blocks
+from baton.worker.kv_layout import layout_of
 from baton.worker.main import serve
 from baton.worker.startup import namespace_of, start
 

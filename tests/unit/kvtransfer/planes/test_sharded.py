@@ -13,7 +13,6 @@ import pytest
 
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
-from baton.kvtransfer.blocks.rank_pools import RankPools
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.planes.shm import ShmPlane
@@ -26,6 +25,7 @@ from baton.node.credentials import Credentials
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.sockets import Context
+from baton.testing.host_rank_pools import HostRankPools
 from baton.testing.loopback import Fate, LoopbackFabric, Outcome
 
 UNITS, LAYERS, NUM_BLOCKS = 4, 2, 9
@@ -40,7 +40,7 @@ class Group:
     """A worker's ranks with their pools."""
 
     name: str
-    pools: RankPools
+    pools: HostRankPools
     plane: ShardedPlane
 
     def fill(self, seed: int) -> None:
@@ -71,7 +71,7 @@ class Rig:
     def group(self, name: str, ranks: int, kind: str = "loopback") -> Group:
         cut = Cut.even(UNITS, ranks, LAYERS)
         held = [cut.units(rank) for rank in range(ranks)]
-        pools = RankPools(
+        pools = HostRankPools(
             cut,
             [BlockPool(KVLayout(LAYERS, own.start, len(own), UNITS, 8, 4, "float32"), NUM_BLOCKS) for own in held],
         )

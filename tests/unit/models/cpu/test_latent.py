@@ -10,7 +10,7 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.errors import SettingsError
 from baton.tests.unit.models.conftest import GREEDY, LATENT
-from baton.worker.build_cpu import layout_of
+from baton.worker.kv_layout import layout_of
 
 
 def test_a_token_takes_one_row_of_one_unit(make_model):

@@ -1,0 +1,77 @@
+"""The pools of the stages of one worker as one: block b of it is the blocks b of all stages, each with its own layers.
+
+Digests and records in stores are of whole units, whatever stages hold their layers, so that they are those of a worker
+with one pool. All pools lie in memory of this process, and the stages' processes map theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import xxhash
+
+from baton.kvtransfer.blocks.checksum import digest_of_sums
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.memory import SharedFile
+from baton.kvtransfer.blocks.pool import BlockPool
+from baton.kvtransfer.reshard import Cut
+
+
+class LayerMemory:
+    """A pool with the layers of its units as blocks: layer l of unit u of block b is number
+    (b * units + u) * layers + l. Meets SharedBlockMemory."""
+
+    num_units = 1
+
+    def __init__(self, pool: BlockPool) -> None:
+        if pool.layout.padding_bytes:
+            raise ValueError(
+                f"units with padding of {pool.layout.padding_bytes} bytes have no layers of equal distance"
+            )
+        self._pool = pool
+        self._layers_per_block = pool.layout.num_units * pool.layout.num_layers
+        self.num_blocks = pool.num_blocks * self._layers_per_block
+        self.block_bytes = pool.layout.layer_bytes
+
+    @property
+    def shared(self) -> SharedFile | None:
+        return self._pool.shared
+
+    def block(self, index: int) -> memoryview:
+        """The writable bytes of one layer of one unit."""
+        block, layer = divmod(index, self._layers_per_block)
+        return self._pool.block(block)[layer * self.block_bytes : (layer + 1) * self.block_bytes]
+
+
+class StagePools:
+    """A pool of so many blocks of `layout` for each stage of `cut`, whose stages have one rank: all ranks of a stage
+    use its pool."""
+
+    def __init__(self, cut: Cut, layout: KVLayout, num_blocks: int) -> None:
+        if cut.ranks != 1 or (cut.total_units, cut.num_layers) != (layout.num_units, layout.num_layers):
+            raise ValueError(f"pools for {cut} of {layout.num_units} units of {layout.num_layers} layers")
+        self.cut, self.num_blocks = cut, num_blocks
+        self.num_units, self.block_bytes = layout.num_units, layout.block_bytes
+        self.pools = tuple(BlockPool(replace(layout, num_layers=len(layers)), num_blocks) for layers in cut.layers)
+
+    def unit_parts(self, block: int) -> list[list[memoryview]]:
+        """Of each unit of a block, its layers in order."""
+        parts = [pool.unit_parts(block) for pool in self.pools]
+        return [[part for held in parts for part in held[unit]] for unit in range(self.num_units)]
+
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
+        """The digest ("xxh3") of each of these chunks."""
+        return [digest_of_sums(_sum(parts) for block in chunk for parts in self.unit_parts(block)) for chunk in chunks]
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.close()
+
+
+def _sum(parts: Sequence[memoryview]) -> bytes:
+    """The xxh3-128 of what these are together."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        state.update(part)
+    return state.digest()

@@ -1,0 +1,59 @@
+"""A step as stages pass it on: its rows and the residual of its tokens; and what the last one has drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from baton.models.batch import Drawn, Row
+from baton.node.messages.control import PromptLogprob
+
+
+class StepDrawn(msgspec.Struct, frozen=True, array_like=True):
+    """From the last stage to the first."""
+
+    drawn: list[Drawn | None]
+    prompt_logprobs: dict[int, tuple[PromptLogprob, ...]]
+
+
+_rows = msgspec.msgpack.Decoder(list[Row])
+_drawn = msgspec.msgpack.Decoder(StepDrawn)
+
+
+def encode_rows(rows: Sequence[Row]) -> bytes:
+    return msgspec.msgpack.encode(list(rows))
+
+
+def decode_rows(record: bytes) -> list[Row]:
+    return _rows.decode(record)
+
+
+def encode_drawn(drawn: StepDrawn) -> bytes:
+    return msgspec.msgpack.encode(drawn)
+
+
+def decode_drawn(record: bytes) -> StepDrawn:
+    return _drawn.decode(record)
+
+
+def bytes_of(residual: torch.Tensor) -> memoryview:
+    """Of [N, hidden] of any dtype."""
+    return residual.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def residual_of(data: bytearray, dtype: torch.dtype, num_tokens: int) -> torch.Tensor:
+    """[N, hidden] out of `bytes_of`; it keeps the memory."""
+    return torch.frombuffer(data, dtype=dtype).view(num_tokens, -1)
+
+
+def encode_masks(masks: np.ndarray) -> tuple[bytes, memoryview]:
+    """A record and data. masks: int32 [rows, words]."""
+    plain = np.ascontiguousarray(masks, dtype=np.int32)
+    return msgspec.msgpack.encode(len(plain)), plain.data.cast("B")
+
+
+def decode_masks(record: bytes, data: bytearray) -> np.ndarray:
+    return np.frombuffer(data, np.int32).reshape(msgspec.msgpack.decode(record, type=int), -1)

@@ -1,0 +1,78 @@
+"""What a stage after the first does with the steps that come in, one after the other, until its links end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from queue import Queue
+from typing import Protocol
+
+import torch
+
+from baton.models.batch import Launched, Row
+from baton.node.errors import PeerLost
+from baton.worker.stages.links import StageLink
+from baton.worker.stages.messages import (
+    StepDrawn,
+    bytes_of,
+    decode_masks,
+    decode_rows,
+    encode_drawn,
+    encode_rows,
+    residual_of,
+)
+
+
+class StageRunner(Protocol):
+    """models.cpu.runner.ModelRunner of a stage."""
+
+    dtype: torch.dtype
+
+    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None) -> torch.Tensor: ...
+
+    def launch(self, rows: Sequence[Row], entering: torch.Tensor | None) -> Launched: ...
+
+
+class Entering:
+    """Takes steps off the link while others are computed, so that the stage before goes on with the next."""
+
+    def __init__(self, link: StageLink, most: int) -> None:
+        """most: steps that can be in flight."""
+        self._link = link
+        self._steps: Queue[tuple[bytes, bytearray] | PeerLost] = Queue(most + 1)
+        threading.Thread(target=self._take, name="entering", daemon=True).start()
+
+    def receive(self) -> tuple[bytes, bytearray]:
+        """The next one; PeerLost once the link has ended."""
+        step = self._steps.get()
+        if isinstance(step, PeerLost):
+            raise step
+        return step
+
+    def _take(self) -> None:
+        while True:
+            try:
+                self._steps.put(self._link.receive())
+            except PeerLost as error:
+                self._steps.put(error)
+                return
+
+
+def work(runner: StageRunner, entering: Entering, leaving: StageLink, is_last: bool) -> None:
+    """Ends with PeerLost."""
+    while True:
+        record, data = entering.receive()
+        rows = decode_rows(record)
+        residual = residual_of(data, runner.dtype, sum(len(row.token_ids) for row in rows))
+        if is_last:
+            leaving.send(encode_drawn(_drawn(runner.launch(rows, residual), rows, leaving)))
+        else:
+            leaving.send(encode_rows(rows), bytes_of(runner.advance(rows, residual)))
+
+
+def _drawn(launched: Launched, rows: Sequence[Row], first: StageLink) -> StepDrawn:
+    """Of a step in the last stage, which waits for masks from the first where draws need some."""
+    if any(row.draw is not None and row.draw.is_masked for row in rows):
+        launched.complete(decode_masks(*first.receive()))
+    drawn = launched.read()
+    return StepDrawn(drawn, dict(launched.prompt_logprobs))
