@@ -111,11 +111,13 @@ def paged_attention(
     start: int,
     window: int | None,
     scores: Scores | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one sequence's new tokens over all its tokens in the pool, in float32 throughout; [n, H, D].
 
     query [n, H, D] belongs to the tokens start .. start + n - 1, whose keys and values are already in the pool. Token i
-    sees j when j <= i and, with a window, j > i - window. scores: None is the scale 1 / sqrt(D).
+    sees j when j <= i and, with a window, j > i - window. scores: None is the scale 1 / sqrt(D). sinks [H]: a
+    score more of each head, for which there is no value.
     """
     num_new, num_heads, head_dim = query.shape
     total = start + num_new
@@ -130,7 +132,10 @@ def paged_attention(
         products = softcap * torch.tanh(products / softcap)
     here, there = torch.arange(start, total)[:, None], torch.arange(total)[None, :]
     seen = there <= here if window is None else (there <= here) & (there > here - window)
-    weights = products.masked_fill(~seen, NEGATIVE_INFINITY).softmax(-1)
+    products = products.masked_fill(~seen, NEGATIVE_INFINITY)
+    if sinks is not None:
+        products = torch.cat((products, sinks.float()[:, None, None].expand(-1, num_new, 1)), -1)
+    weights = products.softmax(-1)[..., :total]
     return torch.einsum("hnt,thd->nhd", weights, values).to(query.dtype)
 
 

@@ -137,6 +137,11 @@ class Weights:
     """The head reads rows of the embedding."""
 
     @property
+    def sinks(self) -> tuple[torch.Tensor | None, ...]:
+        """Of each layer's attention."""
+        return tuple(getattr(layer.attention, "sinks", None) for layer in self.layers)
+
+    @property
     def linears(self) -> tuple[HeldWeight, ...]:
         return (*(linear for layer in self.layers for linear in layer.linears), self.lm_head)
 

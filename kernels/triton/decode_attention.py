@@ -1,6 +1,7 @@
 """Attention of one new token a sequence over its tokens in the paged pool, cut into chunks (split-KV, flash decoding).
 
     out[b, h] = sum_t softmax_t(scale * query[b, h] . key[t, h // group]) value[t, h // group],  t < length[b]
+    with sinks the softmax has one term more, exp(sink[h]), in its denominator alone
 
 The query heads that share a key head are the rows of one matrix product, so keys and values are read once; where these
 are few, so are the tokens of a sequence that are verified together, each up to its own length. Softmax is
@@ -30,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
-from baton.kernels.triton.decode_merge import merge_parts
+from baton.kernels.triton.decode_merge import merge_parts, sink_weights
 from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.launch import launch_options, require
@@ -78,6 +79,7 @@ def _decode_attention_kernel(
     parts_ptr,
     softmax_ptr,
     arrived_ptr,
+    sink_ptr,
     scale_log2,
     layer,
     unit_rows,
@@ -96,6 +98,7 @@ def _decode_attention_kernel(
     ROWS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    SINKS: tl.constexpr,
     TMA: tl.constexpr,
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
@@ -203,8 +206,11 @@ def _decode_attention_kernel(
                 merge_parts(
                     parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
                     queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, AT_ONCE,
+                    sink_ptr + kv_head * GROUP, SINKS,
                 )  # fmt: skip
         else:
+            if SINKS:
+                total += sink_weights(sink_ptr + kv_head * GROUP, each % GROUP, computes, top)
             result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + heads_at[:, None] + element[None, :], result, mask=inside)
 
@@ -222,6 +228,7 @@ def decode_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
@@ -230,7 +237,7 @@ def decode_attention(
     the pool. scratch.work is what decode_work.share_out made of the lengths and the plan; tables of rows that share_out
     was given as following others are not read. A row of length 0 is padding: its output is not written. window: how
     many tokens are seen at most, the own one included. scale: D**-0.5 unless given; softcap: the limit of scores,
-    softcap.bounded. With `pdl` no kernel of the same chain may write lengths or the work.
+    softcap.bounded. sinks: float32 [H]. With `pdl` no kernel of the same chain may write lengths or the work.
     """
     num_rows, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
@@ -244,8 +251,10 @@ def decode_attention(
     require(block_tables.shape[0] == num_rows and lengths.shape == (num_rows,), "tables and lengths need a row each")
     require(block_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
-    for tensor in (query, lengths, out):
-        require(tensor.is_contiguous(), "tensors must be contiguous")
+    whole = sinks is None or (tuple(sinks.shape) == (num_heads,) and sinks.dtype == torch.float32)
+    require(whole, "sinks must be float32 [H]")
+    for tensor in (query, lengths, out, sinks):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     require(plan.queries <= queries_of(num_heads // kv_heads), f"{plan.queries} queries do not fit a program")
     parts = plan.num_parts * num_heads
     enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
@@ -267,6 +276,7 @@ def decode_attention(
         scratch.parts,
         scratch.softmax,
         scratch.arrived,
+        scratch.softmax if sinks is None else sinks,
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         layer,
         pool.unit_rows,
@@ -285,6 +295,7 @@ def decode_attention(
         ROWS=GROUP_ROWS,
         GROUP_BLOCK=group_block,
         AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
+        SINKS=sinks is not None,
         WINDOWED=window is not None,
         PDL=pdl,
         **launch_options(4, pdl, 1 + 2 * tiles),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.decode_merge import merge_parts
+from baton.kernels.triton.decode_merge import merge_parts, sink_weights
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
 
@@ -73,6 +73,7 @@ def decode_fp8_attention_kernel(
     parts_ptr,
     softmax_ptr,
     arrived_ptr,
+    sink_ptr,
     scale_log2,
     layer,
     unit_rows,
@@ -89,6 +90,7 @@ def decode_fp8_attention_kernel(
     ROWS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    SINKS: tl.constexpr,
     WINDOWED: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -209,9 +211,12 @@ def decode_fp8_attention_kernel(
                 merge_parts(
                     parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
                     queries, row, following, HEADS * DIM, DIM, DIM, GROUP, GROUP_BLOCK, AT_ONCE,
+                    sink_ptr + kv_head * GROUP, SINKS,
                 )  # fmt: skip
         else:
             out_at = out_ptr + heads_at[:, None] + element[None, :]
+            if SINKS:
+                all_weights += sink_weights(sink_ptr + kv_head * GROUP, each % GROUP, computes, top)
             units = (unit_of_sums / all_weights)[:, None]
             tl.store(out_at, (sums_0 * units).to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(out_at + 1, (sums_1 * units).to(out_ptr.dtype.element_ty), mask=inside)

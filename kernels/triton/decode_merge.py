@@ -8,13 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
+def sink_weights(sink_ptr, head, inside, top):
+    """What each head's sink adds to the sum of its weights, which are relative to `top`, in base 2."""
+    sinks = tl.load(sink_ptr + head, mask=inside, other=float("-inf"))
+    return tl.exp2(sinks * 1.4426950408889634 - top)
+
+
+@triton.jit
 def merge_parts(
     parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    sink_ptr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Writes a group's output for each query from the parts of chunks first .. end - 1: that of query q and chunk c is
     at base + q * end + c of the scratch. Parts of chunks that a query sees no token of weigh 0, and leave its bits as
-    they are. Query 0 is of row `row`, and query q of row following + q - 1."""
+    they are. Query 0 is of row `row`, and query q of row following + q - 1. sink_ptr: of
+    the group's first head."""
     head = tl.arange(0, GROUP_BLOCK)
     element = tl.arange(0, DIM_BLOCK)
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
@@ -45,6 +54,7 @@ def merge_parts(
         top = new_top
         if start + AT_ONCE >= end:
             own = tl.where(query == 0, row, following + query - 1)
-            result = (merged / total[:, None]).to(out_ptr.dtype.element_ty)
+            whole = total + sink_weights(sink_ptr, head, head < GROUP, bound) if SINKS else total
+            result = (merged / whole[:, None]).to(out_ptr.dtype.element_ty)
             out_at = out_ptr + own * ROW_STRIDE + head[:, None] * DIM + element[None, :]
             tl.store(out_at, result, mask=(head < GROUP)[:, None] & (element < DIM)[None, :])

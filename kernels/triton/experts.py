@@ -4,8 +4,9 @@ W is [E * N, K], expert e from row e * N on. A tile of rows belongs to one exper
 by TILE_N rows of its W, the large operand of the warpgroup's matrix instruction, as in `linear`. So only the experts
 that some token chose are read. Programs are launched for `most_tiles`; what a tile is they read on the device, and
 those past the last tile end at once. Tiles of one expert follow one another: its W comes from the L2 cache again.
-fused: W_e is [gate; up], [2 N, K], and y = silu(gate) * up. gathered: x lies by token; else in the order of experts, a
-tile's rows one after another. One token: W streams through registers, as in `linear`.
+fused: W_e is [gate; up], [2 N, K], and y = silu(gate) * up, or what `expert_gate` says. A bias is added before.
+gathered: x lies by token; else in the order of experts, a tile's rows one after another. One token: W streams through
+registers, as in `linear`.
 K is summed in steps of 16 in one order whatever the tiles, so a row's bits depend on that row alone. With pdl a product
 that does not gather asks for its first columns of W early: which experts they are, the kernel before has waited for.
 Bytes: W of the experts that were chosen, N * K * element size each (twice that when fused).
@@ -20,6 +21,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.clamped_gate import ClampedGate
+from baton.kernels.triton.expert_gate import expert_gate
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.linear import prefetch
 from baton.kernels.triton.linear_policy import Tiles
@@ -28,9 +31,10 @@ from baton.kernels.triton.route import Routes
 
 @triton.jit
 def _experts_rows_kernel(
-    x_desc, weight_desc, x_ptr, weight_ptr, tokens_ptr, experts_ptr, sizes_ptr, num_tiles_ptr, out_ptr,
+    x_desc, weight_desc, x_ptr, weight_ptr, bias_ptr, tokens_ptr, experts_ptr, sizes_ptr, num_tiles_ptr, out_ptr,
     N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr,
-    FUSED: tl.constexpr, GATHERED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, GATHERED: tl.constexpr, PREFETCH: tl.constexpr, BIASED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, first_n = tl.program_id(0), tl.program_id(1) * TILE_N
     if PDL and GATHERED:
@@ -58,16 +62,22 @@ def _experts_rows_kernel(
         total = tl.dot(weight_desc.load([first_row, k]), x.T, total, input_precision="ieee")
         if FUSED:
             up = tl.dot(weight_desc.load([first_row + N, k]), x.T, up, input_precision="ieee")
+    if BIASED:
+        bias_place = bias_ptr + first_row + tl.arange(0, TILE_N)
+        total += tl.load(bias_place).to(tl.float32)[:, None]
+        if FUSED:
+            up += tl.load(bias_place + N).to(tl.float32)[:, None]
     if FUSED:
-        total = total / (1.0 + tl.exp(-total)) * up
+        total = expert_gate(total, up, LIMIT, ALPHA)
     place = out_ptr + (first_m + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(m < size)[None, :])
 
 
 @triton.jit
 def _experts_row_kernel(
-    x_ptr, weight_ptr, experts_ptr, num_tiles_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr, FUSED: tl.constexpr, GATHERED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, experts_ptr, num_tiles_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GATHERED: tl.constexpr, BIASED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: a tile has one row. One block of W is always on its way."""
     tile = tl.program_id(1)
@@ -101,8 +111,13 @@ def _experts_row_kernel(
             up_weight = tl.load(up_place + following, eviction_policy="evict_first")
             up += used * x[None, :]
     result = tl.sum(total, 1)
+    if BIASED:
+        result += tl.load(bias_ptr + first_row + n).to(tl.float32)
     if FUSED:
-        result = result / (1.0 + tl.exp(-result)) * tl.sum(up, 1)
+        up_result = tl.sum(up, 1)
+        if BIASED:
+            up_result += tl.load(bias_ptr + first_row + N + n).to(tl.float32)
+        result = expert_gate(result, up_result, LIMIT, ALPHA)
     tl.store(out_ptr + tile.to(tl.int64) * N + n, result.to(out_ptr.dtype.element_ty))
 
 
@@ -113,6 +128,8 @@ def experts(
     tiles: Tiles,
     out: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
+    clamped: ClampedGate | None = None,
     fused: bool = False,
     gathered: bool = False,
     pdl: bool = False,
@@ -120,7 +137,8 @@ def experts(
     """Fills the rows of out [most_tiles * tile_m, N] that some token has.
 
     weight [E, N, K] ([E, 2 N, K] when fused); x [T, K] if gathered, else [most_tiles * tile_m, K]. The tiles must
-    divide N and K, and have one split; tile_m 0: of one token.
+    divide N and K, and have one split; tile_m 0: of one token. bias: as many as W has rows, in their order; clamped: of
+    the gate, when fused.
     """
     k, n = weight.shape[2], weight.shape[1] // (2 if fused else 1)
     num_rows = routes.most_tiles * routes.tile_m
@@ -129,21 +147,29 @@ def experts(
     require(n % tiles.tile_n == 0 and k % tiles.tile_k == 0, f"{tiles} do not divide [{n}, {k}]")
     require(tiles.splits == 1 and routes.tile_m == max(tiles.tile_m, 1), f"{tiles} for tiles of {routes.tile_m} rows")
     require(x.dtype == weight.dtype, "x and the weight differ in type")
-    for tensor in (x, weight, out):
-        require(tensor.is_contiguous(), "tensors must be contiguous")
+    require(bias is None or bias.numel() == weight[..., 0].numel(), "not a bias of each row of the weight")
+    for tensor in (x, weight, out, bias):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
+    constants = {
+        "BIASED": bias is not None,
+        "LIMIT": 0.0 if clamped is None else clamped.limit,
+        "ALPHA": 1.0 if clamped is None else clamped.alpha,
+    }
+    bias = weight if bias is None else bias
     if num_rows == 0:
         return
     if tiles.tile_m == 0:
         require(len(routes.positions) == 1, "these tiles are for one token")
         _experts_row_kernel[(n // tiles.tile_n, routes.most_tiles)](
-            x, weight, routes.experts, routes.num_tiles, out, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
-            FUSED=fused, GATHERED=gathered, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
+            x, weight, bias, routes.experts, routes.num_tiles, out, N=n, K=k, TILE_N=tiles.tile_n,
+            TILE_K=tiles.tile_k, FUSED=fused, GATHERED=gathered, PDL=pdl, **constants,
+            **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
     weight_desc = TensorDescriptor.from_tensor(weight.view(-1, k), [tiles.tile_n, tiles.tile_k])
     x_desc = weight_desc if gathered else TensorDescriptor.from_tensor(x, [tiles.tile_m, tiles.tile_k])
     _experts_rows_kernel[(routes.most_tiles, n // tiles.tile_n)](
-        x_desc, weight_desc, x, weight, routes.tokens, routes.experts, routes.sizes, routes.num_tiles, out, N=n, K=k,
-        TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, FUSED=fused, GATHERED=gathered,
-        PREFETCH=tiles.prefetch, PDL=pdl, **launch_options(tiles.warps, pdl, tiles.stages),
+        x_desc, weight_desc, x, weight, bias, routes.tokens, routes.experts, routes.sizes, routes.num_tiles, out, N=n,
+        K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, FUSED=fused, GATHERED=gathered,
+        PREFETCH=tiles.prefetch, PDL=pdl, **constants, **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def row_tiles(shape: ProductShape) -> Tiles | None:
     """Tiles of W for one token; None: no tiles divide the shape."""
     n, k = shape.outputs, shape.inputs
     tile_k = next((size for size in (1024, 512, 256, 128, 64, 32, 16) if k % size == 0), 0)
-    tile_n = 2 if shape.fused else min(32, 8192 // max(tile_k, 1))
+    tile_n = max(2, 2048 // max(tile_k, 1)) if shape.fused else min(32, 8192 // max(tile_k, 1))
     if not tile_k or n % tile_n:
         return None
     return Tiles(tile_n, tile_k, 0, 1, 1, 4)

@@ -2,6 +2,7 @@
 chunked prefill included): the portable kernel, for every head_dim and block size.
 
     out[n, h] = sum_t softmax_t(scale * query[n, h] . key[t, h // group]) value[t, h // group],  t <= position(n)
+    with sinks the softmax has one term more, exp(sink[h]), in its denominator alone
 
 Softmax with a running maximum and sum (Dao et al., FlashAttention, 2022; Milakov, Gimelshein, 2018), float32, base 2. A
 program does one item of the work list: BLOCK_M tokens of one sequence and one head. The keys that all of its tokens see
@@ -128,6 +129,7 @@ def _prefill_attention_kernel(
     query_start_ptr,
     length_ptr,
     table_ptr,
+    sink_ptr,
     scale_log2,
     layer,
     unit_rows,
@@ -141,6 +143,7 @@ def _prefill_attention_kernel(
     LAYER_ROWS: tl.constexpr,
     SCALES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
@@ -188,6 +191,8 @@ def _prefill_attention_kernel(
     )  # fmt: skip
     if SCALES == STATIC_SCALES:
         sums *= tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
+    if SINKS:
+        total += tl.exp2(tl.load(sink_ptr + head) * 1.4426950408889634 - top)
     result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, result, mask=inside)
 
@@ -206,6 +211,7 @@ def prefill_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Fills out [N, H, D]; query [N, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
@@ -213,8 +219,8 @@ def prefill_attention(
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
     tokens: the list and its tile, `work_list(...)` on the device. window: how many tokens are seen at most, the own one
-    included. scale: D**-0.5 unless given; softcap: the limit of scores. With `pdl` no kernel of the same chain may
-    write the integers.
+    included. scale: D**-0.5 unless given; softcap: the limit of scores. sinks: float32 [H]. With `pdl` no
+    kernel of the same chain may write the integers.
     """
     _, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
@@ -231,8 +237,10 @@ def prefill_attention(
     require(work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")
     for integers in (block_tables, query_starts, lengths, work):
         require(integers.dtype == torch.int32, "tables, starts, lengths and work must be int32")
-    for tensor in (query, out, query_starts, lengths, work):
-        require(tensor.is_contiguous(), "tensors must be contiguous")
+    whole = sinks is None or (tuple(sinks.shape) == (num_heads,) and sinks.dtype == torch.float32)
+    require(whole, "sinks must be float32 [H]")
+    for tensor in (query, out, query_starts, lengths, work, sinks):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if work.shape[0] == 0:
         return
     dim_block = triton.next_power_of_2(head_dim)
@@ -248,6 +256,7 @@ def prefill_attention(
         query_starts,
         lengths,
         block_tables,
+        query if sinks is None else sinks,
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         layer,
         pool.unit_rows,
@@ -261,6 +270,7 @@ def prefill_attention(
         LAYER_ROWS=pool.layer_rows,
         SCALES=pool.scale_mode,
         SOFTCAP=limit_log2(softcap),
+        SINKS=sinks is not None,
         BLOCK_M=tokens,
         TILE=TILE,
         TMA=tma,

@@ -174,12 +174,13 @@ def _place(
 
 @triton.jit(do_not_specialize=["num_rows", "scale"])
 def _choose_kernel(
-    parts_ptr, bias_ptr, slots_ptr, ids_ptr, weights_ptr, shared_ptr, counts_ptr, positions_ptr, tokens_ptr,
-    experts_ptr, sizes_ptr, num_tiles_ptr, num_rows, scale, E: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISED: tl.constexpr,
-    FLOOR: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BY_TWO: tl.constexpr, BLOCK_G: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, COUNTED: tl.constexpr, PLACE: tl.constexpr, FIRST: tl.constexpr,
-    HELD: tl.constexpr, TILE_M: tl.constexpr, PDL: tl.constexpr,
+    parts_ptr, bias_ptr, logit_bias_ptr, slots_ptr, ids_ptr, weights_ptr, shared_ptr, counts_ptr, positions_ptr,
+    tokens_ptr, experts_ptr, sizes_ptr, num_tiles_ptr, num_rows, scale, E: tl.constexpr, K: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, SIGMOID: tl.constexpr,
+    RENORMALISED: tl.constexpr, FLOOR: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BY_TWO: tl.constexpr,
+    BLOCK_G: tl.constexpr, BIASED: tl.constexpr, LOGITS_BIASED: tl.constexpr, GATED: tl.constexpr,
+    COUNTED: tl.constexpr, PLACE: tl.constexpr, FIRST: tl.constexpr, HELD: tl.constexpr, TILE_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """COUNTED: tokens whose slot is below 0 choose nothing. PLACE: this program has all tokens, and puts them in order
     too. HELD experts from number FIRST on are computed here."""
@@ -195,6 +196,8 @@ def _choose_kernel(
     logits = tl.load(place, mask=readable, other=0.0)
     for part in tl.static_range(1, SPLITS):
         logits += tl.load(place + part * num_rows.to(tl.int64) * WIDTH, mask=readable, other=0.0)
+    if LOGITS_BIASED:
+        logits += tl.load(logit_bias_ptr + e, mask=known, other=0.0).to(tl.float32)[None, :]
     logits = tl.where(known[None, :], logits, float("-inf"))
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
@@ -321,12 +324,13 @@ def choose(
     held: range,
     routes: Routes,
     *,
+    logit_bias: torch.Tensor | None = None,
     fixed: bool = False,
     pdl: bool = False,
 ) -> None:
     """Fills `routes` from logits float32 [splits, T, E] or [splits, T, E + 1], parts that are summed.
 
-    bias: float32 [E]. kv_slots: int32 [T]; tokens without one, -1, choose nothing:
+    bias: float32 [E], of scores; logit_bias: [E]. kv_slots: int32 [T]; tokens without one, -1, choose nothing:
     they pad the step. held: the experts that are computed here;
     `routes.experts` counts from the first of them. fixed: a token's bits do not depend on how many there are.
     """
@@ -338,6 +342,7 @@ def choose(
     require(e % routing.num_groups == 0, f"{routing.num_groups} groups do not divide {e} experts")
     require(0 <= held.start <= held.stop <= e, f"experts {held} are not of {e}")
     require(bias is None or (tuple(bias.shape) == (e,) and bias.dtype == torch.float32), "bias is not float32 [E]")
+    require(logit_bias is None or tuple(logit_bias.shape) == (e,), "logit_bias is not [E]")
     require(kv_slots is None or tuple(kv_slots.shape) == (num_rows,), "kv_slots are not [T]")
     require(logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be float32 and contiguous")
     if num_rows == 0:
@@ -347,13 +352,15 @@ def choose(
     programs = triton.cdiv(num_rows, tokens)
     alone, warps = programs == 1 and not fixed, min(16, max(4, tokens * block_e // VALUES_A_WARP))
     _choose_kernel[(programs,)](
-        logits, logits if bias is None else bias, routes.ids if kv_slots is None else kv_slots, routes.ids,
+        logits, logits if bias is None else bias, logits if logit_bias is None else logit_bias,
+        routes.ids if kv_slots is None else kv_slots, routes.ids,
         routes.weights, routes.shared, routes.counts, routes.positions, routes.tokens, routes.experts, routes.sizes,
         routes.num_tiles, num_rows, routing.scale, E=e, K=k, TOKENS=tokens, BLOCK_E=block_e, SPLITS=splits,
         SIGMOID=routing.sigmoid, RENORMALISED=routing.renormalised, FLOOR=SUM_FLOOR, GROUPS=routing.num_groups,
         KEPT=routing.kept_groups, BY_TWO=routing.groups_by_two, BLOCK_G=triton.next_power_of_2(routing.num_groups),
-        BIASED=bias is not None, GATED=width > e, COUNTED=kv_slots is not None, PLACE=alone, FIRST=held.start,
-        HELD=len(held), TILE_M=routes.tile_m, PDL=pdl, **launch_options(warps, pdl),
+        BIASED=bias is not None, LOGITS_BIASED=logit_bias is not None, GATED=width > e,
+        COUNTED=kv_slots is not None, PLACE=alone, FIRST=held.start, HELD=len(held), TILE_M=routes.tile_m, PDL=pdl,
+        **launch_options(warps, pdl),
     )  # fmt: skip
     if not alone:
         _order_kernel[(programs,)](

@@ -24,6 +24,8 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
 from baton.models.layers import GroupedAttention, LayerShape, describe
 
+Sinks = Sequence[torch.Tensor | None]
+"""Of each layer's query heads, float32 [H]; None: the layer has none."""
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
@@ -41,13 +43,14 @@ def grouped_shapes(layers: Iterable[LayerShape]) -> list[GroupedAttention]:
 
 def attend_rows(
     shapes: Sequence[GroupedAttention],
+    sinks: Sinks,
     pool: PagedPool,
     inputs: StepInputs,
     plan: DecodePlan,
     scratch: DecodeScratch,
     pdl: bool,
 ) -> Attend:
-    """Attention of one new token a row; shapes: of each layer."""
+    """Attention of one new token a row; shapes and sinks: of each layer."""
 
     def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
         shape = shapes[layer]
@@ -63,6 +66,7 @@ def attend_rows(
             window=shape.window,
             scale=shape.scores.scale,
             softcap=shape.scores.softcap,
+            sinks=sinks[layer],
             pdl=pdl,
         )
 
@@ -81,7 +85,12 @@ class ChunkAttention(Protocol):
 
 
 def choose_attention(
-    config: ModelConfig, pool: PagedPool, queue: Queue, deterministic: bool, memory: torch.Tensor | None = None
+    config: ModelConfig,
+    sinks: Sinks,
+    pool: PagedPool,
+    queue: Queue,
+    deterministic: bool,
+    memory: torch.Tensor | None = None,
 ) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do.
 
@@ -92,11 +101,10 @@ def choose_attention(
         num_blocks = len(memory) // math.prod(block)
         if num_blocks:
             plain_pool = PagedPool.of(memory[: num_blocks * math.prod(block)].view(num_blocks, *block))
-            attention = choose_attention(config, plain_pool, queue, deterministic)
-            return _Widened(attention, _Portable(config, pool), pool, plain_pool, num_blocks, queue.num_sms)
-    plain = (
-        config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
-    )
+            attention = choose_attention(config, sinks, plain_pool, queue, deterministic)
+            return _Widened(attention, _Portable(config, sinks, pool), pool, plain_pool, num_blocks, queue.num_sms)
+    plain = not config.sinks and config.sliding_window is None and config.score_softcap is None
+    plain = plain and config.score_scale == config.head_dim**-0.5
     if pool.tensor.is_cuda and plain and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
@@ -105,16 +113,16 @@ def choose_attention(
             pool
         ):
             return _Hopper(pool, queue.num_sms)
-    return _Portable(config, pool)
+    return _Portable(config, sinks, pool)
 
 
 class _Portable:
-    def __init__(self, config: ModelConfig, pool: PagedPool) -> None:
+    def __init__(self, config: ModelConfig, sinks: Sinks, pool: PagedPool) -> None:
         self.tile = prefill_attention.block_m(config.head_dim)
-        self._shapes, self._pool = grouped_shapes(describe(config)), pool
+        self._shapes, self._sinks, self._pool = grouped_shapes(describe(config)), sinks, pool
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
-        shapes, pool, tile = self._shapes, self._pool, self.tile
+        shapes, sinks, pool, tile = self._shapes, self._sinks, self._pool, self.tile
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
             shape = shapes[layer]
@@ -131,6 +139,7 @@ class _Portable:
                 window=shape.window,
                 scale=shape.scores.scale,
                 softcap=shape.scores.softcap,
+                sinks=sinks[layer],
             )
 
         return attend

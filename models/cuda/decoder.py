@@ -26,6 +26,7 @@ from baton.kernels.triton.rank_words import RankInbox
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.step_inputs import StepInputs
+from baton.kernels.triton.whole_norm import whole_norm
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
@@ -34,7 +35,14 @@ from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
 from baton.models.layer_order import run_layers
-from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
+from baton.models.layer_weights import (
+    AttentionWeights,
+    DenseMlpWeights,
+    ExpertsWeights,
+    LayerWeights,
+    Mlp,
+    Weights,
+)
 from baton.models.layers import DenseMlp, ExpertsMlp
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
@@ -178,7 +186,7 @@ class DeviceDecoder:
         if self._latent is not None:
             return self._latent.attend_rows(self._bound(), inputs, plan, scratch, pdl)
         shapes = grouped_shapes(layer.shape for layer in self._weights.layers)
-        return attend_rows(shapes, self._bound(), inputs, plan, scratch, pdl)
+        return attend_rows(shapes, self._weights.sinks, self._bound(), inputs, plan, scratch, pdl)
 
     def last_logits(self, num_rows: int) -> torch.Tensor:
         """[num_rows, vocab] of the step that ran last, valid until the next runs."""
@@ -334,6 +342,9 @@ class _StepOps:
     def attention(self, index: int, layer: LayerWeights, x: Rows) -> Added | None:
         self._index = index
         qkv = self._products(index, "qkv", layer.attention.qkv, x, self._qkv)
+        if isinstance(layer.attention, AttentionWeights) and layer.attention.whole_norms is not None:
+            whole_norm(qkv, *layer.attention.whole_norms, self._eps, self._qkv, pdl=self._step.pdl)
+            qkv = self._qkv
         self._rope_and_write(index, qkv, self._query)
         drawn = self._step.drawn if index == self._last else None
         if drawn is not None and not len(drawn):

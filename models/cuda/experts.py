@@ -55,7 +55,7 @@ class ExpertBlocks:
     ) -> None:
         """products: for the shared experts. deterministic: a token's bits do not depend on the others."""
         sizes = {
-            ExpertsSizes(shape.routing, shape.experts, weights.gate_up.num_inputs, shape.width)
+            ExpertsSizes(shape.routing, shape.experts, weights.gate_up.num_inputs, shape.width, shape.clamped)
             for shape, weights in blocks
         }
         if len(sizes) != 1 or any(shape.activation != SILU for shape, _ in blocks):
@@ -100,7 +100,8 @@ class ExpertBlocks:
             kv_slots = self._no_padding[:num_tokens]  # so that this, too, is the same kernel
         fixed = self._deterministic
         router(x, mlp.router.weight, gate, logits, fixed=fixed, pdl=pdl)
-        choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, fixed=fixed, pdl=pdl)
+        bias = mlp.router.bias
+        choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, logit_bias=bias, fixed=fixed, pdl=pdl)
         rows = products(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
         if mlp.shared is None:
             return RoutedSum(rows, routes)

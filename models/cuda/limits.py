@@ -42,8 +42,6 @@ def check_supported(config: ModelConfig) -> None:
     if config.latent is not None:
         check_latent(config, config.latent)
         return
-    if config.sinks or (config.qk_norm and config.whole_qk_norm):
-        raise SettingsError(f"{config.architecture} runs on CPUs only: no kernel here attends as it does")
     if config.head_dim % 16 or config.head_dim > 256:
         raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
     if config.group_size > GROUP_ROWS:

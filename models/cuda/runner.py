@@ -135,6 +135,7 @@ class CudaRunner:
             most = WIDENED_BYTES // dtype.itemsize // token_elements
             tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
             self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
+        self._sinks = model.sinks if isinstance(model, Weights) else (None,) * config.num_layers
         self._latents: LatentContext | None = None
         if config.latent is not None:
             assert isinstance(model, Weights), "no other code runs latent attention"
@@ -200,7 +201,8 @@ class CudaRunner:
         if self._latents is not None:
             attention = self._latents.over_pool(paged)
         else:
-            attention = choose_attention(config, paged, self.queue, self._limits.deterministic, self._widened)
+            fixed = self._limits.deterministic
+            attention = choose_attention(config, self._sinks, paged, self.queue, fixed, self._widened)
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)

@@ -97,7 +97,7 @@ class DeviceFallback:
         return self._keep(logits)
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
-        return attend_rows(self._shapes, self._bound(), inputs, plan, scratch, pdl)
+        return attend_rows(self._shapes, [None] * len(self._shapes), self._bound(), inputs, plan, scratch, pdl)
 
     def last_logits(self, num_rows: int) -> torch.Tensor:
         return self._logits[:num_rows]

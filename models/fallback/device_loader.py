@@ -71,7 +71,7 @@ class DeviceTrial:
         shape = (2 * self._width, config.num_kv_heads, config.num_layers, 2, BLOCK_TOKENS, config.head_dim)
         pool = PagedPool.of(torch.zeros(shape, dtype=decoder.dtype, device=queue.device))
         decoder.bind_pool(pool)
-        self._attention = choose_attention(config, pool, queue, deterministic=False)
+        self._attention = choose_attention(config, [None] * config.num_layers, pool, queue, deterministic=False)
         self._plan = split_plan(1, config.num_kv_heads, queue.num_sms)
         self._scratch = DecodeScratch.make(
             1, self._plan.num_chunks, config.num_heads, config.num_kv_heads, config.head_dim, queue.device

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.benchmark.harness.shapes import SHAPES
+from baton.kernels import ClampedGate
 from baton.kernels.routing import Routing
 from baton.kernels.routing import route as choose_plainly
 from baton.kernels.triton import experts_policy, prefill_gluon
@@ -143,6 +144,19 @@ def test_products_of_prompts(skewed, gated):
                 plain = torch.nn.functional.silu(gate) * up
             assert bool(found.isfinite().all())
             assert error(found[::37], plain) <= 2 * error(plain.to(BF16), plain)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_biases_and_a_gate_within_bounds(gated):
+    """Guards against another expert's bias, and gate and up exchanged; with the sizes of gpt-oss-20b, which few
+    tiles divide."""
+    routing, size, gate = Routing(8, 4), 2880, ClampedGate(1.5, 1.702)
+    shape = ProductShape(size, size, gated)
+    given = {"fused": gated, "gathered": gated, "skewed": True, "clamped": gate, "pdl": True}
+    for tile_m, num_tokens in ((16, 1), (16, 40), (64, 300)):
+        tiles = experts_policy.rows_tiles(shape, tile_m, 100, 2)
+        checks.check_experts(GPU, BF16, num_tokens, routing, size, size, tiles, **given)
+    checks.check_experts(GPU, BF16, 1, routing, size, size, experts_policy.row_tiles(shape), **given)
 
 
 @pytest.mark.parametrize("gated", [False, True])

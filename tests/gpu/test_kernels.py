@@ -25,6 +25,19 @@ LLAMA_8B, QWEN_05B = checks.Heads(32, 8, 128), checks.Heads(14, 2, 64)
 
 
 @pytest.mark.parametrize("pdl", [False, True])
+def test_sinks(pdl):
+    """Guards against a sink that counts once a part of a sequence, or of another head; heads as in gpt-oss."""
+    heads, lengths = checks.Heads(64, 8, 64), [1, 64, 700, 333, 1024]
+    for plan in (DecodePlan(9, 5, chunk_tokens=1024), DecodePlan(40, 5, chunk_tokens=64)):
+        checks.check_decode_attention(GPU, BF16, heads, lengths, 64, plan, None, pdl, with_sinks=True)
+        checks.check_decode_attention(GPU, BF16, heads, lengths, 64, plan, 128, pdl, with_sinks=True)
+        checks.check_decode_attention(GPU, BF16, heads, lengths, 64, plan, None, pdl, "token", with_sinks=True)
+    for window in (None, 128):
+        ragged = [(300, 0), (1, 70), (17, 500), (128, 64)]
+        checks.check_prefill_attention(GPU, BF16, heads, ragged, 64, 128, window, pdl, with_sinks=True)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_norm_and_activation(dtype, pdl):
     checks.check_rms_norm(GPU, dtype, 300, 4096, pdl)

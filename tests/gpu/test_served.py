@@ -38,9 +38,11 @@ WIDE = {
 }
 FAMILIES = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 100},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
     "olmo2": {},
 }
-"""Experts; a model that only transformers runs."""
+"""Experts; sinks, biases and windows; norms of whole rows; a model that only transformers runs."""
 WORKER = ("--dtype=float32", "--max-num-seqs=8", "--num-blocks=200", "--max-model-len=1024", "--plane=cuda_ipc")
 
 

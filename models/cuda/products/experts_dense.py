@@ -62,8 +62,9 @@ class DenseExperts:
             self._by_gluon(gated, second, routes, rows, False)  # in the place of x, which is no longer needed
             return rows
         wide, narrow = self._tiles(routes)
-        experts(x, first, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
-        experts(gated, second, routes, narrow, rows, pdl=pdl)
+        bias, clamped = gate_up.stacked.bias, self._sizes.clamped
+        experts(x, first, routes, wide, gated, bias=bias, clamped=clamped, fused=True, gathered=True, pdl=pdl)
+        experts(gated, second, routes, narrow, rows, bias=down.stacked.bias, pdl=pdl)
         return rows
 
     def _tiles(self, routes: Routes) -> Sequence[Tiles]:
@@ -90,7 +91,9 @@ def _weight(weights: ExpertLinears) -> torch.Tensor:
 
 
 def _gluon_product(sizes: ExpertsSizes, dtype: torch.dtype, device: str) -> PromptProduct | None:
-    """experts_gluon, where it runs."""
+    """experts_gluon, where it runs. It adds no biases, which experts with a clamped gate have."""
+    if sizes.clamped is not None:
+        return None
     if not device.startswith("cuda") or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
         return None
     # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from baton.kernels import Routing
+from baton.kernels import ClampedGate, Routing
 from baton.kernels.triton.route import most_tiles
 
 
@@ -25,6 +25,8 @@ class ExpertsSizes(NamedTuple):
     """The experts that are computed here."""
     hidden: int
     width: int
+    clamped: ClampedGate | None = None
+    """The gate of the experts; None: silu."""
 
     def room(self, max_tokens: int, tile_rows: Callable[[int], int]) -> Room:
         """tile_rows: of the tiles for so many tokens."""

@@ -169,6 +169,7 @@ def decode(
     pdl: bool = False,
     dtype=torch.bfloat16,
     scales: Scales = "none",
+    sinks: bool = False,
 ) -> None:
     from baton.kernels.triton import decode_attention as module
     from baton.kernels.triton.decode_plan import DecodePlan
@@ -177,7 +178,8 @@ def decode(
     query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
     scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
     paged, tables = pool(kv_heads, block_tokens, dim, dtype, scales), empty(rows, 64, dtype=torch.int32)
-    module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, query, pdl=pdl)
+    extra = {"sinks": empty(heads, dtype=torch.float32)} if sinks else {}
+    module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, query, pdl=pdl, **extra)
 
 
 def share_out() -> None:
@@ -191,7 +193,13 @@ def share_out() -> None:
 
 
 def prefill(
-    heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None, scales: Scales = "none"
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    window: int | None = None,
+    scales: Scales = "none",
+    sinks: bool = False,
 ) -> None:
     from baton.kernels.triton import prefill_attention as module
 
@@ -199,7 +207,8 @@ def prefill(
     paged, tables = pool(kv_heads, block_tokens, dim, scales=scales), empty(sequences, 64, dtype=torch.int32)
     starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
     work, tokens = empty(500, 3, dtype=torch.int32), module.block_m(dim)
-    module.prefill_attention(query, paged, 3, tables, starts, lengths, work, tokens, query, window=window)
+    extra = {"sinks": empty(heads, dtype=torch.float32)} if sinks else {}
+    module.prefill_attention(query, paged, 3, tables, starts, lengths, work, tokens, query, window=window, **extra)
 
 
 def whole_blocks() -> None:
@@ -477,6 +486,27 @@ def experts_gluon() -> None:
     module.experts_product(gated, empty(128, 2048, 768), made, 132, x, gated=False)
 
 
+def gpt_oss(tile_m: int) -> None:
+    """Gate and up of gpt-oss-20b's experts, with biases and a gate within bounds; tile_m 0: of one token."""
+    from baton.kernels import ClampedGate
+    from baton.kernels.triton import experts as module
+    from baton.kernels.triton import experts_policy
+    from baton.kernels.triton.linear_policy import ProductShape
+
+    size, tokens, shape = 2880, max(tile_m, 1), ProductShape(2880, 2880, True)
+    tiles = experts_policy.rows_tiles(shape, tile_m, 100, 2) if tile_m else experts_policy.row_tiles(shape)
+    made, weight, bias = routes(tokens, 32, 4, tokens), empty(32, 2 * size, size), empty(64 * size)
+    given = {"bias": bias, "clamped": ClampedGate(7.0, 1.702), "fused": True, "gathered": True, "pdl": True}
+    module.experts(empty(tokens, size), weight, made, tiles, empty(len(made.tokens), size), **given)
+
+
+def whole_norms() -> None:
+    from baton.kernels.triton.whole_norm import whole_norm
+
+    qkv = empty(8, 6144)
+    whole_norm(qkv, empty(2048), empty(2048), 1e-5, qkv, pdl=True)
+
+
 def norm_of_experts() -> None:
     from baton.kernels.triton import norm
     from baton.kernels.triton.routed_sum import RoutedSum
@@ -627,6 +657,11 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_8bit_16_block": lambda: experts_8bit(16, True),
     "experts_gluon": experts_gluon,
     "norm_of_experts": norm_of_experts,
+    "gpt_oss_row": lambda: gpt_oss(0),
+    "gpt_oss_16": lambda: gpt_oss(16),
+    "sinks_decode": lambda: decode(64, 8, 64, 64, PARTS, pdl=True, sinks=True),
+    "sinks_prefill": lambda: prefill(64, 8, 64, 64, 128, sinks=True),
+    "whole_norms": whole_norms,
     "int4_16": lambda: int4_products(16, 128, True),
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
     "int4_64": lambda: int4_products(64, 128, False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from baton.kernels import reference
+from baton.kernels import ClampedGate, clamped_gate_and_mul, reference
 from baton.kernels.routing import Routing
 from baton.kernels.routing import route as choose_plainly
 from baton.kernels.triton import norm, route
@@ -117,8 +117,9 @@ def check_experts(
     gathered: bool = False,
     skewed: bool = False,
     pdl: bool = False,
+    clamped: ClampedGate | None = None,
 ) -> None:
-    """Each pair's row is the product of its token with its expert."""
+    """Each pair's row is the product of its token with its expert; with biases where a gate is clamped."""
     e, tile_m = routing.num_experts, max(tiles.tile_m, 1)
     logits = some_logits(num_tokens, e, skewed)
     ids, _ = choose_plainly(logits, None, routing)
@@ -130,17 +131,30 @@ def check_experts(
         given = poison((len(routes.tokens), k), dtype, device)
         spread(x, routes, given)
     out = poison((len(routes.tokens), n), dtype, device)
-    experts(given, weight, routes, tiles, out, fused=fused, gathered=gathered, pdl=pdl)
-    exact = _products(x.double(), weight.double(), ids.to(device), fused)
+    bias = None if clamped is None else randn((e, weight.shape[1]), dtype, device, 3)
+    common = {"bias": bias, "clamped": clamped if fused else None}
+    experts(given, weight, routes, tiles, out, fused=fused, gathered=gathered, pdl=pdl, **common)
+    exact = _products(x.double(), weight.double(), ids.to(device), fused, bias, clamped)
     found = out[routes.positions.long()]
     assert error(found, exact) <= max(2 * error(exact.to(dtype), exact), 1e-6)
 
 
-def _products(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, fused: bool) -> torch.Tensor:
+def _products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    fused: bool,
+    bias: torch.Tensor | None = None,
+    clamped: ClampedGate | None = None,
+) -> torch.Tensor:
     """[T, k, N], in float64."""
     exact = torch.stack([torch.einsum("td,tnd->tn", x, weight[ids[:, j]]) for j in range(ids.shape[1])], 1)
+    if bias is not None:
+        exact = exact + bias[ids].double()
     if not fused:
         return exact
+    if clamped is not None:
+        return clamped_gate_and_mul(exact, clamped)
     gate, up = exact.chunk(2, -1)
     return F.silu(gate) * up
 

@@ -353,13 +353,14 @@ def paged_attention(
     window: int | None,
     dtype: torch.dtype,
     scores: ScoreRule | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
     pieces = query.to(dtype).split(query_lengths)
     pool = paged.numbers.to(dtype)
     with query.device:  # where the reference makes its masks
         found = [
-            reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window, scores)
+            reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window, scores, sinks)
             for piece, table, length in zip(pieces, paged.tables, paged.lengths, strict=True)
         ]
     return torch.cat(found)
@@ -372,11 +373,17 @@ def assert_attention(
     lengths: list[int],
     window: int | None,
     scores: ScoreRule | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """The probabilities are rounded to the values' dtype before they meet, as in every flash attention: a step each."""
-    exact = paged_attention(paged, query, 1, lengths, window, torch.float32, scores)
+    exact = paged_attention(paged, query, 1, lengths, window, torch.float32, scores, sinks)
     step = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[out.dtype]
     assert error(out, exact) <= step, f"error {error(out, exact):.2e}"
+
+
+def some_sinks(num_heads: int, device: str) -> torch.Tensor:
+    """From one that hardly counts to one beside which nothing does."""
+    return torch.linspace(-40.0, 12.0, num_heads).to(device)
 
 
 def check_decode_attention(
@@ -390,6 +397,7 @@ def check_decode_attention(
     pdl: bool = False,
     scales: Scales = "none",
     scores: ScoreRule | None = None,
+    with_sinks: bool = False,
 ) -> torch.Tensor:
     """Runs twice: the second run finds what the first left in the scratch. Returns the output."""
     rule = {} if scores is None else scores._asdict()
@@ -403,11 +411,12 @@ def check_decode_attention(
     held = torch.tensor(lengths, dtype=torch.int32, device=device)
     decode_work.share_out(held, plan, scratch.work)
     outs = [poison(tuple(query.shape), dtype, device) for _ in range(2)]
+    sinks = some_sinks(heads.query, device) if with_sinks else None
     for out in outs:
         decode_attention.decode_attention(
-            query, paged.pool, 1, paged.tables, held, plan, scratch, out, window=window, pdl=pdl, **rule
+            query, paged.pool, 1, paged.tables, held, plan, scratch, out, window=window, sinks=sinks, pdl=pdl, **rule
         )
-    assert_attention(outs[0], paged, query, [1] * len(lengths), window, scores)
+    assert_attention(outs[0], paged, query, [1] * len(lengths), window, scores, sinks)
     assert torch.equal(outs[0], outs[1]), "the same inputs gave other bits"
     assert not bool(scratch.arrived.any()), "a counter was not set back"
     return outs[0]
@@ -467,14 +476,16 @@ def check_prefill_attention(
     pdl: bool = False,
     scales: Scales = "none",
     scores: ScoreRule | None = None,
+    with_sinks: bool = False,
 ) -> None:
     """tokens: the tile of the work list."""
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
     paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
     query = randn((sum(new), heads.query, heads.dim), dtype, device)
-    out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl, scores)
-    assert_attention(out, paged, query, new, window, scores)
+    sinks = some_sinks(heads.query, device) if with_sinks else None
+    out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl, scores, sinks)
+    assert_attention(out, paged, query, new, window, scores, sinks)
 
 
 def check_chunks_do_not_matter(
@@ -546,6 +557,7 @@ def run_prefill_attention(
     window: int | None = None,
     pdl: bool = False,
     scores: ScoreRule | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     device = str(query.device)
     rule = {} if scores is None else scores._asdict()
@@ -554,7 +566,7 @@ def run_prefill_attention(
     held = torch.tensor(lengths, dtype=torch.int32, device=device)
     work = prefill_attention.work_list(new, lengths, query.shape[1], tokens).to(device)
     prefill_attention.prefill_attention(
-        query, paged.pool, 1, paged.tables, starts, held, work, tokens, out, window=window, pdl=pdl, **rule
+        query, paged.pool, 1, paged.tables, starts, held, work, tokens, out, window=window, sinks=sinks, pdl=pdl, **rule
     )
     return out
 

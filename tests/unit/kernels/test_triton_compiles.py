@@ -193,6 +193,13 @@ def test_products_of_experts_use_warpgroup_instructions_and_fit(kernels):
         assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
+def test_kernels_of_gpt_oss_and_olmoe_fit(kernels):
+    """Guards against biases, a bounded gate or sinks that cost a kernel its registers."""
+    for case in ("gpt_oss_row", "gpt_oss_16", "sinks_decode", "sinks_prefill", "whole_norms"):
+        assert all(kernel["stack_bytes"] == 0 for kernel in kernels[case]), kernels[case]
+    assert all(kernel["wgmma"] and kernel["tma"] for kernel in kernels["gpt_oss_16"])
+
+
 def test_routing_fits_one_program(kernels):
     """Guards against tokens and experts that no longer fit the registers of a program."""
     assert [len(kernels[case]) for case in ("route", "route_many")] == [2, 3]

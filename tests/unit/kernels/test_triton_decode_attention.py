@@ -64,6 +64,16 @@ def test_scores_within_bounds(device, plan, scales):
     checks.check_decode_attention(device, dtype, heads, [30, 150], 16, plan, 40, scales=scales, scores=rule)
 
 
+@pytest.mark.parametrize("plan", [WHOLE, PIECES, SHARED])
+@pytest.mark.parametrize(("scales", "window"), [("none", None), ("none", 40), ("token", None)])
+def test_sinks(device, plan, scales, window):
+    """Guards against a sink that counts once a part of a sequence, or of another head."""
+    heads, dtype = checks.Heads(4, 2, 64), torch.float32 if scales == "none" else torch.bfloat16
+    block_tokens = 16 if scales == "none" else 64
+    given = {"scales": scales, "with_sinks": True}
+    checks.check_decode_attention(device, dtype, heads, [1, 64, 150], block_tokens, plan, window, **given)
+
+
 @pytest.mark.parametrize(
     ("heads", "block_tokens", "window", "chunk_tokens", "scales"),
     [

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels import ClampedGate
 from baton.kernels.routing import Routing
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.route import program_tokens
@@ -50,6 +51,14 @@ def test_experts(device, dtype, fused, gathered):
     given = {"fused": fused, "gathered": gathered}
     checks.check_experts(device, dtype, 20, FEW, 64, 64, Tiles(64, 32, 16, 2, 1), skewed=True, **given)
     checks.check_experts(device, dtype, 1, FEW, 16, 64, Tiles(4, 32, 0, 1, 1), **given)
+
+
+@pytest.mark.parametrize(("fused", "gathered"), [(True, True), (False, False)])
+def test_biases_and_a_gate_within_bounds(device, fused, gathered):
+    """Guards against another expert's bias, one that is added behind the gate, and up that is bounded like gate."""
+    given = {"fused": fused, "gathered": gathered, "clamped": ClampedGate(1.2, 1.702)}
+    checks.check_experts(device, torch.float32, 20, FEW, 64, 64, Tiles(32, 32, 16, 2, 1), skewed=True, **given)
+    checks.check_experts(device, torch.float32, 1, FEW, 16, 64, Tiles(4, 32, 0, 1, 1), **given)
 
 
 @pytest.mark.parametrize("code_type", [FP8, INT8])

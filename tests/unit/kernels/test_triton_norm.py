@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels import reference
 from baton.kernels.triton import activation, norm
+from baton.kernels.triton.whole_norm import whole_norm
 from baton.tests.unit.kernels import kernel_checks as checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,3 +50,17 @@ def test_wrong_shapes_are_refused(device):
         norm.rms_norm(x.t(), x[:, 0].contiguous(), 1e-5, torch.zeros(8, 2, device=device))
     with pytest.raises(ValueError, match="twice"):
         activation.silu_and_mul(x, torch.zeros(2, 8, device=device))
+
+
+@pytest.mark.parametrize("partials", [0, 2])
+def test_norms_of_all_heads_together(device, partials):
+    """Guards against keys that are normed with queries, values that are normed too, and parts left out of the sum."""
+    parts = checks.randn((partials or 1, 5, 24 + 2 * 8), torch.float32, device)
+    weights = checks.randn((24,), torch.float32, device, 1), checks.randn((8,), torch.float32, device, 2)
+    out = checks.poison((5, 40), torch.float32, device)
+    whole_norm(parts if partials else parts[0], *weights, 1e-5, out)
+    query, key, value = parts.sum(0).split((24, 8, 8), -1)
+    exact = torch.cat(
+        [reference.rms_norm(query, weights[0], 1e-5), reference.rms_norm(key, weights[1], 1e-5), value], 1
+    )
+    torch.testing.assert_close(out, exact)

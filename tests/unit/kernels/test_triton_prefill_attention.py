@@ -32,6 +32,14 @@ def test_scores_within_bounds(device, window):
     checks.check_prefill_attention(device, torch.float32, heads, RAGGED, 16, 32, window, scores=rule)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_sinks(device, window):
+    """Guards against a sink of another head, or one that counts in each tile."""
+    checks.check_prefill_attention(
+        device, torch.float32, checks.Heads(2, 1, 32), RAGGED, 16, 32, window, with_sinks=True
+    )
+
+
 @pytest.mark.parametrize("window", [1, 20, 64, 1000])
 def test_window(device, window):
     """Guards against a window that is off by one, and a token whose first tile it does not see at all."""
