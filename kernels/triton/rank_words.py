@@ -150,7 +150,7 @@ def status_of(stale, polls, began, lost_ptr, CLOCK: tl.constexpr, LIMIT: tl.cons
     a loop must be one for all."""
     late = (now(polls, CLOCK) - began > LIMIT) | (tl.load(lost_ptr, volatile=True) != 0)
     found = stale.to(tl.int32) * STALE + late.to(tl.int32) * LATE
-    status = tl.max(tl.max(found, 0), 0) if len(found.shape) == 2 else tl.max(found, 0)
+    status = tl.max(found)
     return tl.where(status == LATE, 0, status)
 
 
