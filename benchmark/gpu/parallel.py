@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from baton.benchmark.gpu.ceilings import seconds
-from baton.benchmark.gpu.decode import DecodeBatch, blocks_for, contexts_of, gpu_ms, step_ms
+from baton.benchmark.gpu.decode import GREEDY, DecodeBatch, blocks_for, contexts_of, gpu_ms, step_ms
 from baton.benchmark.gpu.runners import PLAIN, random_pool
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
@@ -30,6 +32,8 @@ from baton.kernels.triton.norm import add_rms_norm
 from baton.kernels.triton.rank_words import RankInbox
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.launch.local import free_ports
+from baton.models.batch import Draw, Row
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -41,6 +45,8 @@ from baton.models.partition import Rank, part_of
 from baton.models.weights import load_weights
 
 NORM_ROWS, NORM_WIDTH, NORM_CALLS = (1, 8, 64), 8192, 40
+MANY_ROWS, MANY_CALLS = 2048, 4
+PROMPT_TOKENS, PROMPTS = 2048, 5
 """A row of Llama-3.1-70B in bfloat16 has 16 KB."""
 CELLS = "1x1024,8x1024,64x1024"
 
@@ -69,8 +75,7 @@ VOCABULARY = 128256
 """Of the shapes here."""
 
 
-def norm_memory(rank: Rank, gpu: int) -> GroupMemory:
-    rows = max(NORM_ROWS)
+def norm_memory(rank: Rank, gpu: int, rows: int = max(NORM_ROWS)) -> GroupMemory:
     inboxes = (
         InboxShape(rows, NORM_WIDTH, torch.int32, sums=True),
         InboxShape(1, 1, torch.int64),
@@ -85,7 +90,24 @@ def norm_us(num_rows: int, ranks: RankInbox | None, gpu: int, *, pdl: bool) -> f
     x, residual, out = (torch.randn(num_rows, NORM_WIDTH, device=device).bfloat16() for _ in range(3))
     weight = torch.ones(NORM_WIDTH, dtype=torch.bfloat16, device=device)
     call = partial(add_rms_norm, x, residual, weight, 1e-5, out, ranks=ranks, pdl=pdl)
-    return seconds([call] * NORM_CALLS) * 1e6
+    return seconds([call] * (NORM_CALLS if num_rows < MANY_ROWS else MANY_CALLS)) * 1e6
+
+
+def nccl_us(num_rows: int, gpu: int, rank: Rank, port: int) -> float:
+    """Of torch's all-reduce of so many rows, which the norm would follow; without multicast if NCCL is told so."""
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("nccl", init_method=address, rank=rank.index, world_size=rank.count)
+    x, times = torch.randn(num_rows, NORM_WIDTH, device=f"cuda:{gpu}").bfloat16(), []
+    for _ in range(9):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(MANY_CALLS):
+            dist.all_reduce(x)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    dist.destroy_process_group()
+    return sorted(times)[len(times) // 2] * 1e3 / MANY_CALLS
 
 
 class RankSteps:
@@ -98,8 +120,10 @@ class RankSteps:
         before_bytes = torch.cuda.memory_allocated(gpu)
         self.config, self.rank, self.gpu = ModelConfig.from_folder(SHAPES / shape), rank, gpu
         self._cells = {name: contexts_of(name) for name in cells.split(",")}
-        rows, self._longest = max(map(len, self._cells.values())), max(map(max, self._cells.values())) + 1
-        self._num_blocks = max(sum(map(blocks_for, contexts)) for contexts in self._cells.values()) + 8
+        rows, longest = max(map(len, self._cells.values())), max(map(max, self._cells.values()))
+        self._longest = max(longest, PROMPT_TOKENS) + 1
+        contexts = (*self._cells.values(), [PROMPT_TOKENS])
+        self._num_blocks = max(sum(map(blocks_for, each)) for each in contexts) + 8
         self._limits = StepLimits(rows, 2048)
         recipe = recipe_for(None if quantization == PLAIN else quantization, self.config)
         began_at, device = time.monotonic(), f"cuda:{gpu}"
@@ -132,7 +156,17 @@ class RankSteps:
         limits, form = self._limits, self._pool.format
         made = CudaRunner(config, self._weights, CudaQueue(self.gpu), limits, self._longest, None, form, peers)
         made.bind_pool(self._pool.tensors.data, self._longest, scales=self._pool.tensors.scales)
+        made.warm_up()
         return made
+
+    def prompt_ms(self, runner: CudaRunner) -> float:
+        """Median of a step that computes a prompt, from its launch to its read."""
+        draw, blocks, times = Draw(GREEDY, (), PROMPT_TOKENS, 0), range(blocks_for(PROMPT_TOKENS)), []
+        for _ in range(PROMPTS):
+            began_at = time.perf_counter()
+            runner.launch([Row([1] * PROMPT_TOKENS, 0, blocks, draw)]).read()
+            times.append(time.perf_counter() - began_at)
+        return round(statistics.median(times) * 1e3, 2)
 
     def measure(self, runner: CudaRunner, cell: str) -> dict[str, float]:
         contexts = self._cells[cell]
@@ -174,6 +208,7 @@ class RankServer:
         torch.cuda.set_device(gpu)
         self._rank, self._gpu = rank, gpu
         self._norms = norm_memory(rank, gpu)
+        self._many: GroupMemory | None = None
         self._steps: RankSteps | None = None
         self._runner: CudaRunner | None = None
 
@@ -185,6 +220,20 @@ class RankServer:
                 return self._norms.connect(handles)
             case ["norm", rows, pdl]:
                 return norm_us(rows, self._norms.peers.sums, self._gpu, pdl=pdl)
+            case ["many"]:
+                self._many = norm_memory(self._rank, self._gpu, MANY_ROWS)
+                return self._many.handle
+            case ["connect_many", handles]:
+                assert self._many is not None, "made before"
+                return self._many.connect(handles)
+            case ["norm_of_many"]:
+                assert self._many is not None, "made before"
+                return norm_us(MANY_ROWS, self._many.peers.sums, self._gpu, pdl=False)
+            case ["nccl", port]:
+                return nccl_us(MANY_ROWS, self._gpu, self._rank, port)
+            case ["prompt"]:
+                assert self._steps is not None and self._runner is not None, "loaded before"
+                return self._steps.prompt_ms(self._runner)
             case ["load", shape, quantization, cells]:
                 self._steps = self._runner = None
                 torch.cuda.empty_cache()
@@ -242,6 +291,13 @@ def on_gpus(lines: JsonLines, gpus: Sequence[int], shapes: Sequence[str], quanti
             lines.put(
                 "rank_step", **names, exchanges=True, **found[0], step_ms_of_ranks=[each["step_ms"] for each in found]
             )
+        prompts_ms = group.ask("prompt")
+        lines.put("prompt", shape=shape, ranks=count, gpus=count, tokens=PROMPT_TOKENS, step_ms=max(prompts_ms))
+    group.ask("connect_many", group.ask("many"))
+    plain_us = norm_us(MANY_ROWS, None, gpus[0], pdl=False)
+    sizes = {"ranks": count, "gpus": count, "rows": MANY_ROWS, "width": NORM_WIDTH}
+    lines.put("norm", **sizes, us=round(max(group.ask("norm_of_many")), 1), plain_us=round(plain_us, 1))
+    lines.put("nccl", **sizes, us=round(max(group.ask("nccl", free_ports(1)[0])), 1))
     group.close()
 
 
@@ -259,6 +315,7 @@ def alone(lines: JsonLines, shapes: Sequence[str], quantization: str, cells: str
                 "quantization": quantization,
             }
             lines.put("rank_step", **names, exchanges=False, **whole.measure(runner, cell), **whole.start)
+        lines.put("prompt", shape=shape, ranks=1, gpus=1, tokens=PROMPT_TOKENS, step_ms=whole.prompt_ms(runner))
         del whole, runner
         torch.cuda.empty_cache()
 
