@@ -158,8 +158,9 @@ def _gather_kernel(
     place = ((tag & 1).to(tl.int64) * ROWS + row) * WIDTH
     own = tl.load(logits_ptr + row * SHARE + column, mask=column < SHARE, other=0.0)
     if SENDS:
-        words = pack(own.to(tl.float32), tag, SHORT)
-        send(words, targets_ptr, place, column, column < SHARE, RANK, RANKS)
+        # As many from each rank: one that sends to itself finds what the widest would send.
+        words, sent = pack(own.to(tl.float32), tag, SHORT), column < (VOCAB + RANKS - 1) // RANKS
+        send(words, targets_ptr, place, column, sent, RANK, RANKS)
     if TAKES:
         tl.store(out_ptr + row * VOCAB + FIRST + column, own, mask=column < SHARE)
         status = tl.full([], 2, tl.int32)

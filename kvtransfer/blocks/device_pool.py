@@ -99,8 +99,10 @@ PoolMemory = DeviceMemory | UnitMemory
 def mapped(handle: bytes, size_bytes: int, device_index: int) -> torch.Tensor:
     """uint8 [size_bytes]: memory of another process on this GPU, which `DeviceMemory.handle` names. It stays mapped."""
     cudart.use_device(device_index)
-    array = _CudaArray(cudart.open_handle(handle), size_bytes)
-    return torch.as_tensor(array, device=f"cuda:{device_index}")
+    pointer = cudart.open_handle(handle)
+    found = torch.as_tensor(_CudaArray(pointer, size_bytes), device=f"cuda:{device_index}")
+    assert found.data_ptr() == pointer, "torch made a copy of the memory"
+    return found
 
 
 class DevicePool:

@@ -66,9 +66,11 @@ def test_all_ranks_get_the_same_sums_and_logits(count):
 def test_a_rank_that_waits_in_vain_says_so(count, told):
     """Guards against a kernel that spins for ever where another rank is gone, and a step whose tokens are used; and
     against steps that cannot be tried before ranks know one another."""
-    layout = RankMemory(Rank(1, count), shapes(count, torch.float32))
+    layout = RankMemory(Rank(0, count), shapes(count, torch.float32))
     memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for _ in range(count)]
-    peers, values = DevicePeers(layout, memories[1], VOCABULARY), torch.ones(2, WIDTH)
+    peers, values = DevicePeers(layout, memories[0], VOCABULARY), torch.ones(2, WIDTH)
+    peers.reserve(1, torch.float32)
+    share = len(peers.rank.vocabulary(VOCABULARY))
 
     def add() -> None:
         add_rms_norm(values, values.clone(), torch.ones(WIDTH), 1e-5, values, ranks=peers.sums)
@@ -77,6 +79,7 @@ def test_a_rank_that_waits_in_vain_says_so(count, told):
     for _ in range(3):
         add()
         peers.meet()  # by itself
+        peers.whole(torch.zeros(1, share))
         peers.check()
     peers.connect([memory.data_ptr() for memory in memories])
     peers.check()
