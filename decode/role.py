@@ -28,6 +28,7 @@ from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed, Prefill, Reserve, Reserved, Tokens
+from baton.worker.draft_counts import DraftCounts
 from baton.worker.hand_over import HandOvers
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
@@ -70,6 +71,7 @@ class DecodeRole:
         )
         self._spare_blocks = spare_blocks
         self._most_drafts, self._draft_reach = most_drafts, draft_reach
+        self._draft_counts = DraftCounts()
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
@@ -477,6 +479,7 @@ class DecodeRole:
         self.counters.spec_decode_num_drafts += 1
         self.counters.spec_decode_num_draft_tokens += drawn.num_drafts
         self.counters.spec_decode_num_accepted_tokens += num_accepted
+        self._draft_counts.verified(num_accepted, drawn.source)
 
     def _measure(self, step: InFlightStep, now: float) -> None:
         """The device's time for the next launch, the speed of prompts for the gate and the router."""
@@ -512,6 +515,7 @@ class DecodeRole:
         group.sort(key=lambda s: (not s.hands_over, -s.priority, seniority[s.leg]))
 
     def report(self) -> RoleReport:
+        self._draft_counts.fill(self.counters)
         return RoleReport(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._reserved),
@@ -520,9 +524,9 @@ class DecodeRole:
         )
 
 
-def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
-    """The loop of a decode worker on "cpu" or "cuda"."""
-    role = DecodeRole(
+def decode_role(parts: Parts, settings: DecodeSettings, device: str) -> DecodeRole:
+    """The role of a decode worker on "cpu" or "cuda"."""
+    return DecodeRole(
         parts,
         settings.sizes(device),
         settings.spare_blocks,
@@ -530,6 +534,11 @@ def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
         settings.most_drafts,
         settings.draft_reach,
     )
+
+
+def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
+    """The loop of a decode worker on "cpu" or "cuda"."""
+    role = decode_role(parts, settings, device)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.models.config import FULL_STEP_TOKENS
+from baton.node.counters import MOST_DRAFTS
 from baton.node.messages.base import Role
 from baton.node.settings import option
 from baton.worker.settings import WorkerSettings, WorkerSizes
 
-MOST_DRAFTS = 15
 """More would rarely all be accepted."""
 
 

@@ -44,6 +44,15 @@ class WorkerCounters:
     mask_seconds: float = counted("Seconds in which the host made the masks of these rows.")
 
 
+MOST_DRAFTS = 15
+"""Drafts that a step verifies of one sequence at most."""
+DRAFT_SOURCES = ("history", "prediction", "answers", "eagle")
+
+
+def _accepted_at(place: int) -> Any:
+    return counted(f"Times that draft number {place} behind a sequence's last token was accepted.")
+
+
 @dataclass(slots=True)
 class DecodeCounters(WorkerCounters):
     """What a decode worker counts besides."""
@@ -53,6 +62,25 @@ class DecodeCounters(WorkerCounters):
     spec_decode_num_drafts: int = counted("Times that drafts of a sequence were verified.")
     spec_decode_num_draft_tokens: int = counted("Draft tokens that were verified.")
     spec_decode_num_accepted_tokens: int = counted("Draft tokens that were accepted.")
+    spec_decode_accepted_history: int = counted("Of these, those found among the sequence's own tokens.")
+    spec_decode_accepted_prediction: int = counted("Of these, those that the client predicted.")
+    spec_decode_accepted_answers: int = counted("Of these, those found in answers to similar prompts.")
+    spec_decode_accepted_eagle: int = counted("Of these, those of an EAGLE-3 draft.")
+    spec_decode_accepted_at_0: int = _accepted_at(0)
+    spec_decode_accepted_at_1: int = _accepted_at(1)
+    spec_decode_accepted_at_2: int = _accepted_at(2)
+    spec_decode_accepted_at_3: int = _accepted_at(3)
+    spec_decode_accepted_at_4: int = _accepted_at(4)
+    spec_decode_accepted_at_5: int = _accepted_at(5)
+    spec_decode_accepted_at_6: int = _accepted_at(6)
+    spec_decode_accepted_at_7: int = _accepted_at(7)
+    spec_decode_accepted_at_8: int = _accepted_at(8)
+    spec_decode_accepted_at_9: int = _accepted_at(9)
+    spec_decode_accepted_at_10: int = _accepted_at(10)
+    spec_decode_accepted_at_11: int = _accepted_at(11)
+    spec_decode_accepted_at_12: int = _accepted_at(12)
+    spec_decode_accepted_at_13: int = _accepted_at(13)
+    spec_decode_accepted_at_14: int = _accepted_at(14)
     preemptions: int = counted("Sequences that were preempted: they gave up their KV.")
     grammar_late_steps: int = counted(
         "Steps whose logits waited on the GPU for masks of grammars, for 50 microseconds or more."

@@ -72,7 +72,7 @@ class EagleDrafts:
         found = self._proposed.get(row.slot)
         if found is None or (found.place, found.token) != (row.start, row.token_ids[0]):
             return NO_DRAFTS
-        return Drafts(found.drafts[: row.most_drafts])
+        return Drafts(found.drafts[: row.most_drafts], "eagle")
 
     def take_in(self, step: StepBatch, verified: Verified, drawn: Sequence[Drawn | None]) -> None:
         """Behind the draws of a step; drawn: what each of the rows that were given has."""

@@ -15,7 +15,7 @@ from itertools import product
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from baton.node.counters import MetricInfo
+from baton.node.counters import DRAFT_SOURCES, MOST_DRAFTS, MetricInfo
 from baton.proxy.interface import Engine, WorkerStatus
 from baton.proxy.metrics.counters import (
     ENGINE_COUNTERS,
@@ -165,6 +165,23 @@ class ReportCollector(Collector):
             for model in self._models:
                 family.add_metric((model,), self._total(model, name, workers))
             yield family
+        places = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens that were accepted, by their number behind a sequence's last token.",
+            labels=(*_LABEL, "position"),
+        )
+        sources = CounterMetricFamily(
+            "baton:spec_decode_num_accepted_tokens",
+            "Draft tokens that were accepted, by where they came from.",
+            labels=(*_LABEL, "source"),
+        )
+        for model in self._models:
+            for place in range(MOST_DRAFTS):
+                count = self._total(model, f"spec_decode_accepted_at_{place}", workers)
+                places.add_metric((model, str(place)), count)
+            for source in DRAFT_SOURCES:
+                sources.add_metric((model, source), self._total(model, f"spec_decode_accepted_{source}", workers))
+        yield from (places, sources)
 
     def _total(self, model: str, name: str, workers: list[WorkerStatus]) -> float:
         return self._totals[model, name].observe(_of(model, workers), name)
