@@ -24,6 +24,7 @@ from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.models.batch import DeviceTime, Drawn
+from baton.models.drafts import MOST_ANSWER_TOKENS
 from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
@@ -33,6 +34,7 @@ from baton.worker.hand_over import HandOvers
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
+from baton.worker.past_answers import PastAnswers
 from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names, work_left
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed, grammar_broken, transfer_failed
@@ -72,6 +74,7 @@ class DecodeRole:
         self._spare_blocks = spare_blocks
         self._most_drafts, self._draft_reach = most_drafts, draft_reach
         self._draft_counts = DraftCounts()
+        self._past_answers = PastAnswers(MOST_ANSWER_TOKENS)
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
@@ -376,6 +379,8 @@ class DecodeRole:
 
     def _run(self, sequence: Sequence) -> None:
         """Give a sequence a slot and let it run."""
+        if self._most_drafts and sequence.speculates:
+            sequence.past_answers = self._past_answers.similar(sequence.table.names(sequence.prompt_len))
         sequence.slot = self._free_slots.pop()
         self._insert(self._running, sequence)
 
@@ -439,6 +444,9 @@ class DecodeRole:
             bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
             if finish:
                 prefixes.used(sequence)
+                if self._most_drafts:
+                    answer = sequence.token_ids[sequence.prompt_len :]
+                    self._past_answers.add(sequence.table.names(sequence.prompt_len), answer)
                 self.end(sequence, None)
         for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
             self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))

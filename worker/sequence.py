@@ -66,6 +66,8 @@ class Sequence:
     """Drafts that the next step may verify, if it computes one token."""
     prediction: tuple[int, ...] = ()
     """Tokens of which the client says that they may follow the prompt."""
+    past_answers: tuple[int, ...] = ()
+    """Tokens that followed similar prompts."""
     speculates: bool = True
     """Its draws may be drafted: the client allows it, and they need nothing of the tokens drawn just before."""
     num_predicted: int = 0
@@ -146,7 +148,8 @@ class Sequence:
         expected = len(self.token_ids) + self.num_pending
         draw = None
         if end == expected and self.draws:
-            draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len, self.prediction)
+            num_generated, drafted = expected - self.prompt_len, (self.prediction, self.past_answers)
+            draw = Draw(self.sampling, self.token_ids, self.prompt_len, num_generated, *drafted)
         drafts = self.most_drafts if draw is not None and length == 1 and expected > self.prompt_len else 0
         targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
         following = self.token_ids[end] if end < len(self.token_ids) else None

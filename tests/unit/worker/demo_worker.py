@@ -87,6 +87,7 @@ class DemoWorker:
         prompt: Iterable[int],
         known: Mapping[str, tuple[int, ...]] | None = None,
         prediction: tuple[int, ...] = (),
+        root: bytes = ROOT,
     ) -> dict[str, Answer]:
         """Of requests by name, all with one prompt; known: tokens that another worker has generated, by name."""
         self._io.sent.clear()
@@ -96,8 +97,8 @@ class DemoWorker:
             body = DispatchBody(
                 token_ids=ids,
                 prompt_len=len(prompt_ids),
-                root=ROOT,
-                block_hashes=block_hashes(ROOT, ids, BLOCK_TOKENS),
+                root=root,
+                block_hashes=block_hashes(root, ids, BLOCK_TOKENS),
                 prediction_ids=prediction,
                 sampling=sampling,
                 deadline_s=300.0,
