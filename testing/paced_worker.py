@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from baton.decode.role import DecodeRole
+from baton.decode.role import decode_role
 from baton.decode.settings import DecodeSettings
 from baton.node.settings import parse
 from baton.prefill.role import PrefillRole
@@ -51,9 +51,7 @@ def main() -> int:
     return serve(
         "decode",
         decode,
-        lambda parts, device: PacedLoop(
-            parts, DecodeRole(parts, decode.sizes(device), decode.spare_blocks), decode, step_s
-        ),
+        lambda parts, device: PacedLoop(parts, decode_role(parts, decode, device), decode, step_s),
     )
 
 
