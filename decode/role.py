@@ -321,7 +321,7 @@ class DecodeRole:
             pending.add(sequence)
         # A sequence that was preempted while a step drew its next token comes back after that token was read.
         for sequence in takewhile(lambda each: not each.num_pending, self._waiting):
-            waits = sequence.awaits_grammar or pending.awaited_by(sequence)
+            waits = sequence.awaits_grammar or sequence.awaits_adapter or pending.awaited_by(sequence)
             if not (waits or self._parts.prefixes.waits(sequence, now)):
                 ready.append(sequence)
                 pending.add(sequence)
@@ -335,7 +335,7 @@ class DecodeRole:
             sequence.hands_over
             or is_last(sequence.sampling, num_tokens - sequence.prompt_len, num_tokens, self._parts.max_model_len)
         )
-        if over or sequence.awaits_grammar or self._parts.prefixes.loading(sequence.leg):
+        if over or sequence.awaits_grammar or sequence.awaits_adapter or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
         drafts = self._drafts(sequence)
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks), *drafts)

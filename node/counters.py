@@ -151,13 +151,27 @@ class GrammarCounters:
     grammar_compile_seconds: float = counted("Seconds of processor time that this took.")
 
 
-Counters = WorkerCounters | TransferCounters | PrefixCounters | StoreClientCounters | GrammarCounters
+@dataclass(slots=True)
+class AdapterCounters:
+    """What a worker counts of adapters."""
+
+    adapter_loads: int = counted("Adapters read from their folders.")
+    adapter_load_failures: int = counted("Adapters that could not be read, or not be used.")
+    adapter_load_seconds: float = counted("Seconds that reading adapters took, beside the steps.")
+    adapter_fills: int = counted("Adapters copied from the host's memory into a slot of the model.")
+    adapter_wait_seconds: float = counted("Seconds from the arrival of requests until their adapters were in slots.")
+    adapters_in_slots: int = measured("Adapters in slots of the model.")
+    adapters_in_memory: int = measured("Adapters in the host's memory that are in no slot.")
+
+
+Counters = WorkerCounters | TransferCounters | PrefixCounters | StoreClientCounters | GrammarCounters | AdapterCounters
 WORKER_GROUPS: tuple[type[Counters], ...] = (
     DecodeCounters,
     TransferCounters,
     PrefixCounters,
     StoreClientCounters,
     GrammarCounters,
+    AdapterCounters,
 )
 
 

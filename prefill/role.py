@@ -137,7 +137,7 @@ class PrefillRole:
                 if pending.awaited_by(sequence):
                     num_siblings += 1
                     continue
-                if prefixes.waits(sequence, now):
+                if sequence.awaits_adapter or prefixes.waits(sequence, now):
                     continue
                 if not self._start(sequence, now):
                     break  # no prompt overtakes one that waits for blocks

@@ -22,7 +22,8 @@ from baton.kvtransfer.blocks.stage_pools import StagePools
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.kvtransfer.reshard import Cut
-from baton.models.check import longest_known
+from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
+from baton.models.check import check_adapters, longest_known
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fallback.config import model_config
@@ -81,6 +82,7 @@ class LoadedModel:
     """Checksums of what prefill computes, without waiting for what it computes next."""
     ranks: Ranks = NO_RANKS
     """The others of the worker."""
+    adapter_slots: AdapterSlots = NO_SLOTS
 
 
 def load_model(
@@ -99,7 +101,11 @@ def load_model(
     if settings.tp > 1:
         from baton.worker.build_ranks import load_ranks_on_cuda
 
+        if settings.max_loras:
+            check_adapters(model_config(folder), settings.tp)
         return load_ranks_on_cuda(settings, sizes, role, folder)
+    if settings.max_loras:
+        raise SettingsError(f"--max-loras {settings.max_loras}: adapters run on CPUs only so far: --device cpu")
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder, draft)
@@ -162,7 +168,8 @@ def _load_on_cpu(
     try:
         group, peers = start_ranks(part, settings.tp, *how)
         ranks = group if stages is None else stages.with_ranks(group)
-        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), draft, settings.most_drafts)
+        own = draft, settings.most_drafts, settings.max_loras, settings.max_lora_rank
+        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), *own)
         if stages is not None:
             return _in_stages(settings, sizes, runner, stages, group)
         return _in_one_pool(settings, sizes, role, runner, group, draft is not None)
@@ -249,4 +256,15 @@ def _loaded(
     longest = longest_known(settings.max_model_len, loaded.config)
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
     dtype = name_of(loaded.dtype)
-    return LoadedModel(loaded.config, runner, pool, layout, dtype, max_model_len, make_planes, copies, ranks=ranks)
+    return LoadedModel(
+        loaded.config,
+        runner,
+        pool,
+        layout,
+        dtype,
+        max_model_len,
+        make_planes,
+        copies,
+        ranks=ranks,
+        adapter_slots=loaded.adapters,
+    )

@@ -49,6 +49,8 @@ class InFlightStep:
     """Sequences with masked draws, in the order of their rows, until their masks were given."""
     read_checksums: Callable[[], dict[int, bytes]] = dict
     """Called once, after the step was read: the checksums that were made with it, by block."""
+    adapter_slots: frozenset[int] = frozenset()
+    """Slots of adapters that it names."""
     kept_blocks: list[list[int]] = field(default_factory=list)
     """Blocks, tail first, of sequences that have left: released once the step was read."""
 
@@ -87,12 +89,18 @@ class InFlightSteps:
                 masked.append(sequence)
         began_at = self._clock()
         step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps), scored, masked)
+        step.adapter_slots = frozenset(row.adapter for row in rows if row.adapter is not None)
         self._steps.append(step)
         for part, row in zip(parts, rows, strict=True):
             part.sequence.num_launched += part.length
             part.sequence.num_pending += row.draw is not None
             part.sequence.num_drafting += row.most_drafts
         return step
+
+    @property
+    def adapter_slots(self) -> set[int]:
+        """Slots of adapters that a step which was not read yet may read."""
+        return {slot for step in self._steps for slot in step.adapter_slots}
 
     @property
     def awaits_masks(self) -> bool:

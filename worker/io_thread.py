@@ -21,7 +21,8 @@ from baton.node.counters import TransferCounters
 from baton.node.line import Line
 from baton.node.membership import Change, Membership
 from baton.node.messages.base import Message
-from baton.node.messages.control import Cancel, Drain, KvReplay, Load, Prefill, Registered, Reserve
+from baton.node.messages.control import Cancel, Drain, KvReplay, Load, LoadAdapter, Prefill, Registered, Reserve
+from baton.worker.adapter_slots import AdapterRead
 from baton.worker.constraint import GrammarCompiled
 
 MAX_WAIT_S = 0.05
@@ -31,10 +32,10 @@ NAP_S = 0.00005
 
 @dataclass(frozen=True, slots=True)
 class FromProxy:
-    """A request, or the end of one, over this link to a proxy."""
+    """A request, the end of one, or an order, over this link to a proxy."""
 
     link: str
-    message: Prefill | Reserve | Cancel | Drain
+    message: Prefill | Reserve | Cancel | Drain | LoadAdapter
     at: float
     """When it came in; the worker's loop takes it up between two steps."""
 
@@ -58,7 +59,7 @@ class RankLost:
     reason: str
 
 
-Inbound = FromProxy | Terminated | IoThreadDied | RankLost | GrammarCompiled | Event | Change | StoreEvent
+Inbound = FromProxy | Terminated | IoThreadDied | RankLost | GrammarCompiled | AdapterRead | Event | Change | StoreEvent
 Command = Callable[[TransferExchange, float], None]
 
 
@@ -216,7 +217,7 @@ class IoThread:
         if isinstance(message, Registered):
             for name, address in message.peers:
                 self._exchange.meet(name, address, now)
-        if isinstance(message, Prefill | Reserve | Cancel | Drain):
+        if isinstance(message, Prefill | Reserve | Cancel | Drain | LoadAdapter):
             self.inbox.put(FromProxy(peer, message, now))
         elif isinstance(message, KvReplay):
             for answer in self._kv_events.replay(message.seq):

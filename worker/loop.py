@@ -21,6 +21,7 @@ from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import (
+    MAX_ADAPTERS,
     Busy,
     Cancel,
     Cancelled,
@@ -28,10 +29,12 @@ from baton.node.messages.control import (
     Drain,
     Failed,
     Load,
+    LoadAdapter,
     Prefill,
     Reserve,
 )
 from baton.node.telemetry import log_event
+from baton.worker.adapter_slots import AdapterRead
 from baton.worker.constraint import GrammarCompiled
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, RankLost, Terminated
@@ -178,6 +181,7 @@ class Loop:
         now = self._clock()
         if self.role.steps:
             longest_s = min(longest_s, max(0.0, self.role.launch_at - now))
+        longest_s = self._parts.adapters.wake_in_s(longest_s)
         return self._parts.prefixes.wake_in_s(now, longest_s)
 
     def drain(self) -> None:
@@ -211,6 +215,11 @@ class Loop:
             case FromProxy(link, Cancel() as message):
                 self.role.cancel(link, message)
                 self._parts.io.send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
+            case FromProxy(link, LoadAdapter() as message):
+                if (loaded_now := self._parts.adapters.load(link, message)) is not None:
+                    self._parts.io.send(link, loaded_now)
+            case AdapterRead():
+                self._on_adapter(event)
             case FromProxy(_, Drain()) | Terminated():
                 self.drain()
             case SenderEnded() | KvArrived() | ReceiverEnded():
@@ -246,6 +255,9 @@ class Loop:
             parts, now = self._parts, self._clock()
             sequence = Sequence.of(message, link, at, now, parts.manager, parts.layout.block_tokens)
             self._expire_at = min(self._expire_at, sequence.deadline)
+            if sequence.adapter is not None and (reason := parts.adapters.want(sequence.adapter)):
+                parts.io.send(link, busy(leg, reason))
+                return
             grammar = sequence.sampling.grammar
             if grammar is not None and (constraint := parts.grammars.compile(grammar)) is not None:
                 sequence.constrain(constraint)
@@ -277,6 +289,16 @@ class Loop:
             elif (constraint := self._parts.grammars.constraint(event)) is not None:
                 sequence.constrain(constraint)
 
+    def _on_adapter(self, event: AdapterRead) -> None:
+        for link, answer in self._parts.adapters.take_in(event):
+            self._parts.io.send(link, answer)
+        if event.error:
+            self._end_those(
+                lambda each: each.awaits_adapter and each.adapter is not None and each.adapter.digest == event.digest,
+                f"adapter: {event.error}",
+                retryable=True,
+            )
+
     def _expire(self, now: float) -> None:
         self._end_those(lambda sequence: now >= sequence.deadline, "deadline", retryable=False)
         self._expire_at = min((each.deadline for each in self.role.sequences.values()), default=float("inf"))
@@ -293,6 +315,7 @@ class Loop:
         before, run_ahead = len(steps), self._parts.runner.run_ahead
         if before == run_ahead > 0 and self._clock() < role.launch_at:
             return False
+        self._parts.adapters.assign(role.sequences, steps.adapter_slots)
         changed = role.launch()
         self._complete()
         while steps and (len(steps) == before or len(steps) > run_ahead or steps.awaits_masks):
@@ -320,6 +343,9 @@ class Loop:
     def _load(self) -> Load:
         parts, report, counters = self._parts, self.role.report(), self.role.counters
         counters.evictions = parts.manager.evictions
+        adapters = parts.adapters
+        in_slots, in_memory = adapters.in_slots[:MAX_ADAPTERS], adapters.in_memory[:MAX_ADAPTERS]
+        adapters.counters.adapters_in_slots, adapters.counters.adapters_in_memory = len(in_slots), len(in_memory)
         return Load(
             running=report.running,
             waiting=report.waiting,
@@ -328,7 +354,15 @@ class Loop:
             total_blocks=parts.manager.num_blocks,
             steps=counters.steps,
             prefill_tokens_s=report.prefill_tokens_s,
-            counters=values(counters, *parts.prefixes.counters, parts.io.transfer_counters, parts.grammars.counters),
+            adapters=in_slots,
+            adapters_in_memory=in_memory,
+            counters=values(
+                counters,
+                *parts.prefixes.counters,
+                parts.io.transfer_counters,
+                parts.grammars.counters,
+                adapters.counters,
+            ),
         )
 
 

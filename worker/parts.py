@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,13 +15,16 @@ import numpy as np
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Launched, Row
-from baton.node.counters import GrammarCounters, TransferCounters
+from baton.node.counters import AdapterCounters, GrammarCounters, TransferCounters
 from baton.node.errors import InvariantBroken
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
-from baton.node.messages.control import Grammar, Load
+from baton.node.messages.control import AdapterLoaded, AdapterRef, Grammar, Load, LoadAdapter
+from baton.worker.adapter_slots import AdapterRead
 from baton.worker.constraint import Constraint, GrammarCompiled
 from baton.worker.io_thread import Command, Inbound
 from baton.worker.prefix_loading import PrefixLoader
+from baton.worker.sequence import Sequence as WorkerSequence
 
 
 class ModelFacts(Protocol):
@@ -102,6 +105,55 @@ class NoGrammars:
 NO_GRAMMARS: Grammars = NoGrammars()
 
 
+class Adapters(Protocol):
+    """See worker.adapters."""
+
+    @property
+    def counters(self) -> AdapterCounters: ...
+
+    @property
+    def in_slots(self) -> tuple[bytes, ...]: ...
+
+    @property
+    def in_memory(self) -> tuple[bytes, ...]: ...
+
+    def want(self, ref: AdapterRef) -> str: ...
+
+    def load(self, link: str, message: LoadAdapter) -> AdapterLoaded | None: ...
+
+    def take_in(self, event: AdapterRead) -> list[tuple[str, AdapterLoaded]]: ...
+
+    def assign(self, sequences: Mapping[LegKey, WorkerSequence], named: Collection[int]) -> None: ...
+
+    def wake_in_s(self, longest_s: float) -> float: ...
+
+
+class NoAdapters:
+    """Where no request has an adapter."""
+
+    counters = AdapterCounters()
+    in_slots: tuple[bytes, ...] = ()
+    in_memory: tuple[bytes, ...] = ()
+
+    def want(self, ref: AdapterRef) -> str:
+        return "this worker takes no adapters; see --max-loras"
+
+    def load(self, link: str, message: LoadAdapter) -> AdapterLoaded | None:
+        return AdapterLoaded(digest=message.adapter.digest, error=self.want(message.adapter))
+
+    def take_in(self, event: AdapterRead) -> list[tuple[str, AdapterLoaded]]:
+        raise InvariantBroken("an adapter, where none is read")
+
+    def assign(self, sequences: Mapping[LegKey, WorkerSequence], named: Collection[int]) -> None:
+        pass
+
+    def wake_in_s(self, longest_s: float) -> float:
+        return longest_s
+
+
+NO_ADAPTERS: Adapters = NoAdapters()
+
+
 class WorkerIo(Protocol):
     """What a loop needs of the I/O thread; see worker.io_thread.IoThread."""
 
@@ -137,3 +189,4 @@ class Parts:
     checksums: StepChecksums = NO_CHECKSUMS
     grammars: Grammars = NO_GRAMMARS
     clock: Callable[[], float] = time.monotonic
+    adapters: Adapters = NO_ADAPTERS

@@ -17,6 +17,7 @@ from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import (
     MAX_PROMPT_LOGPROBS,
+    AdapterRef,
     Busy,
     Cancel,
     Failed,
@@ -75,6 +76,10 @@ class Sequence:
     draft_record: DraftRecord = field(default_factory=DraftRecord)
     slot: int = 0
     """Its place in the runner's memory while it runs."""
+    adapter: AdapterRef | None = None
+    """All its tokens are computed with it."""
+    adapter_slot: int | None = None
+    """The runner's slot that has its adapter."""
     preemption_epoch: int = 0
     """How often it was preempted: what an earlier epoch's step computed has gone with the blocks."""
     cached_tokens: int = 0
@@ -120,6 +125,7 @@ class Sequence:
             num_sent=len(body.token_ids) - body.prompt_len,
             speculates=body.speculate and may_draft(body.sampling),
             prediction=body.prediction_ids,
+            adapter=body.adapter,
         )
 
     @property
@@ -153,9 +159,9 @@ class Sequence:
         drafts = self.most_drafts if draw is not None and length == 1 and expected > self.prompt_len else 0
         targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
         following = self.token_ids[end] if end < len(self.token_ids) else None
-        return Row(
-            self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets, drafts, following=following
-        )
+        assert not self.awaits_adapter, f"{self.leg} computes without its adapter"
+        tokens, blocks, adapter = self.token_ids[start:end], self.table.blocks, self.adapter_slot
+        return Row(tokens, start, blocks, draw, self.slot, targets, drafts, adapter=adapter, following=following)
 
     def _targets(self, start: int, end: int) -> PromptTargets | None:
         """Tokens of the prompt that follow tokens number start .. end - 1 and have no log probability yet."""
@@ -196,6 +202,11 @@ class Sequence:
     def awaits_grammar(self) -> bool:
         """It draws nothing before its grammar is compiled."""
         return self.constraint is None and self.sampling.grammar is not None
+
+    @property
+    def awaits_adapter(self) -> bool:
+        """It computes nothing before its adapter is in a slot."""
+        return self.adapter is not None and self.adapter_slot is None
 
     @property
     def broke_grammar(self) -> bool:

@@ -100,6 +100,21 @@ class WorkerSettings:
         choices=("fp8", "fp8_block", "int8", "int4", "int4_zeros"),
         help="quantise the plain weights of a model while they are loaded; default: they stay as they are",
     )
+    max_loras: int = option(
+        0,
+        unit="adapters",
+        help="most LoRA adapters that one step computes with, each in memory of the device; 0: none are served",
+        minimum=0,
+        maximum=1024,
+    )
+    max_lora_rank: int = option(64, help="largest rank of an adapter", minimum=1, maximum=512)
+    max_cpu_loras: int = option(
+        128,
+        unit="adapters",
+        help="most adapters in the host's memory, at least --max-loras",
+        minimum=1,
+        maximum=1 << 16,
+    )
     bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
     advertise_host: str = option("", metavar="HOST", help=ADVERTISE_HELP)
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
+from baton.models.adapters.base_rows import rows_of_folder
+from baton.models.adapters.peft import read_adapter, unknown_rows
+from baton.models.adapters.slots import PreparedAdapter
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.fallback.config import model_config
@@ -37,11 +41,13 @@ from baton.node.messages.control import Register
 from baton.node.modelhub import locate_model
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import KvPool, load_model
+from baton.worker.adapter_slots import AdapterRead
+from baton.worker.adapters import WorkerAdapters
+from baton.worker.build_cpu import KvPool, LoadedModel, load_model
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import LIBRARY, GrammarCompiler
 from baton.worker.io_thread import IoThread
-from baton.worker.parts import Parts
+from baton.worker.parts import NO_ADAPTERS, Parts
 from baton.worker.prefix_loading import PrefixLoader
 from baton.worker.ranks.members import Ranks
 from baton.worker.settings import WorkerSettings
@@ -63,8 +69,11 @@ class StartedWorker:
     io: IoThread
     grammars: GrammarCompiler
     ranks: Ranks
+    adapters: WorkerAdapters | None
 
     def close(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
         self.grammars.close()
         self.store.close()
         self.io.stop()
@@ -116,6 +125,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         max_model_len=model.max_model_len,
         address=host.advertise(endpoint.address),
         grammar=LIBRARY,
+        max_loras=model.adapter_slots.num_slots,
+        max_lora_rank=settings.max_lora_rank if model.adapter_slots.num_slots else 0,
         revision=settings.revision,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
@@ -159,6 +170,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         address=register.address,
         namespace=namespace.hex()[:12],
     )
+    adapters = _adapters(settings, folder, model, io.inbox.put)
     grammars = GrammarCompiler(tokenizer, model.config.vocab_size, io.inbox.put)
     manager = BlockManager(num_blocks, events.journal("gpu"))
     parts = Parts(
@@ -170,8 +182,26 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         prefixes=PrefixLoader(store, manager, layout, always=settings.store_loads == "always"),
         checksums=model.checksums,
         grammars=grammars,
+        adapters=adapters or NO_ADAPTERS,
     )
-    return StartedWorker(parts, model.pool, store, io, grammars, model.ranks)
+    return StartedWorker(parts, model.pool, store, io, grammars, model.ranks, adapters)
+
+
+def _adapters(
+    settings: WorkerSettings, folder: Path, model: LoadedModel, on_read: Callable[[AdapterRead], None]
+) -> WorkerAdapters | None:
+    """None where the runner takes none."""
+    slots, config = model.adapter_slots, model.config
+    if not slots.num_slots:
+        return None
+    made_up = settings.load_format == "dummy"
+    base_rows = unknown_rows if made_up else rows_of_folder(folder, config.tie_word_embeddings)
+
+    def read(path: Path) -> tuple[bytes, PreparedAdapter]:
+        adapter = read_adapter(path, config, base_rows)
+        return adapter.digest, slots.prepare(adapter)
+
+    return WorkerAdapters(slots, read, settings.max_cpu_loras, on_read)
 
 
 def with_draft(fingerprint: bytes, draft: bytes) -> bytes:

@@ -3,8 +3,8 @@
 Every message about a request carries `(request_id, attempt)`.
 
     worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, PromptLogprobs, Tokens, Bundle, HandedOver, Failed,
-                       Cancelled
-    proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain
+                       Cancelled, AdapterLoaded
+    proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain, LoadAdapter
     store  -> proxy    RegisterStore, Heartbeat, Goodbye
     worker, store -> proxy    KvEvents, KvSnapshot
     proxy -> worker, store    KvReplay
@@ -45,6 +45,8 @@ MAX_PROMPT_LOGPROBS = 1024
 """Entries in one message."""
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 
+MAX_ADAPTERS = 256
+"""That a worker names in one report."""
 MAX_SILENT_PEERS = 256
 MAX_PEERS = 16
 """Greeted before a transfer: a pair holds memory of the GPU, and is probed."""
@@ -77,6 +79,19 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Line breaks, of which up to two may follow the end of reasoning."""
     max_reasoning: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
     """Tokens of reasoning between what opens and what ends it: behind so many, its end is drawn. None: any number."""
+
+
+AdapterDigest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+AdapterDigests = Annotated[tuple[AdapterDigest, ...], Meta(max_length=MAX_ADAPTERS)]
+
+
+class AdapterRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """An adapter, named by its content, and where it is read."""
+
+    digest: AdapterDigest
+    """See baton.node.adapter_folder."""
+    path: Text
+    """Of the folder, on the worker's host."""
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -167,6 +182,10 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Steps since the start: a busy worker whose count does not grow is stuck."""
     prefill_tokens_s: Rate = 0.0
     """Measured prompt tokens computed per second; 0 before the first measurement."""
+    adapters: AdapterDigests = ()
+    """Those that the next step can compute with, the last used first."""
+    adapters_in_memory: AdapterDigests = ()
+    """Those that are a copy away from that."""
     counters: Annotated[dict[Name, float], Meta(max_length=256)] = {}
 
 
@@ -194,6 +213,9 @@ class Register(Message, tag="Register", kw_only=True):
     draw different tokens. Empty: this worker takes no request with a grammar."""
     revision: Annotated[str, Meta(max_length=64)] = ""
     """Name of the revision of the deployment that this worker is of: only workers of one revision are paired."""
+    max_loras: Small = 0
+    """Adapters that one step can compute with; 0: this worker takes no request with an adapter."""
+    max_lora_rank: Small = 0
     joins: Count = 0
     """How often this worker has begun to join this proxy: another number says that it has dropped what it had."""
     sent: Count = 0
@@ -257,6 +279,22 @@ class Rejoin(Message, tag="Rejoin", kw_only=True):
 
 class Drain(Message, tag="Drain", kw_only=True):
     """Finish running requests, admit no new ones, then leave."""
+
+
+# ---- worker <-> proxy: adapters ---------------------------------------------------------------------------------
+
+
+class LoadAdapter(Message, tag="LoadAdapter", kw_only=True):
+    """Have the adapter in memory; answered with AdapterLoaded. Sent to workers that take adapters only."""
+
+    adapter: AdapterRef
+
+
+class AdapterLoaded(Message, tag="AdapterLoaded", kw_only=True):
+    """Worker to proxy: the adapter is in memory, or `error` says why it cannot be used here."""
+
+    digest: AdapterDigest
+    error: Text = ""
 
 
 # ---- worker, store <-> proxy: KV locations ---------------------------------------------------------------------
@@ -327,6 +365,8 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Tokens may be guessed, and verified several at a time; the answer is the same."""
     prediction_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_PREDICTION_TOKENS)] = ()
     """Tokens of which the client says that they may follow the prompt."""
+    adapter: AdapterRef | None = None
+    """All tokens are computed with it; `root` is chained to its digest. None: the model alone."""
     contended: bool = False
     """Other tenants are active: a prompt that a worker computes must not keep theirs waiting for long."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from baton.node.credentials import NodeRole
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
+    AdapterLoaded,
     Bundle,
     Busy,
     Cancel,
@@ -22,6 +23,7 @@ from baton.node.messages.control import (
     KvEvents,
     KvReplay,
     KvSnapshot,
+    LoadAdapter,
     Ping,
     Prefill,
     PromptLogprobs,
@@ -74,9 +76,9 @@ from baton.node.messages.transfer import (
 _Types = tuple[type[Message], ...]
 
 _MEMBER: _Types = (Heartbeat, Goodbye, KvEvents, KvSnapshot)
-_WORKER: _Types = (*_MEMBER, Register, Busy, PromptLogprobs, Tokens, Bundle, Failed, Cancelled)
+_WORKER: _Types = (*_MEMBER, Register, Busy, PromptLogprobs, Tokens, Bundle, Failed, Cancelled, AdapterLoaded)
 _TO_MEMBER: _Types = (Registered, Refused, Ping, Rejoin, KvReplay)
-_TO_WORKER: _Types = (*_TO_MEMBER, Drain, Cancel)
+_TO_WORKER: _Types = (*_TO_MEMBER, Drain, Cancel, LoadAdapter)
 _TO_STORE: _Types = (Attach, Beat, Lookup, Fetch, Put, Commit, Release, Touch, Damaged)
 _FROM_STORE: _Types = (Attached, Detached, Alive, Found, Fetched, Granted)
 

@@ -17,7 +17,17 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from baton.node.messages.base import PROTOCOL_VERSION, Message
-from baton.node.messages.control import Heartbeat, Prefill, Refused, Register, Registered, Reserve, Tokens
+from baton.node.messages.control import (
+    AdapterLoaded,
+    Heartbeat,
+    LoadAdapter,
+    Prefill,
+    Refused,
+    Register,
+    Registered,
+    Reserve,
+    Tokens,
+)
 
 Struct = TypeVar("Struct", bound=msgspec.Struct)
 
@@ -37,15 +47,21 @@ class NewField:
     """Without it, unless it has its default, the message would mean something else."""
 
 
+DISPATCH_FIELDS = (
+    NewField("body.speculate"),
+    NewField("body.prediction_ids"),
+    NewField("body.adapter", needed=True),
+)
 NEW_FIELDS: dict[type[Message], tuple[NewField, ...]] = {
-    Register: (NewField("revision"),),
+    Register: (NewField("revision"), NewField("max_loras"), NewField("max_lora_rank")),
     Registered: (NewField("version"), NewField("peers")),
     Refused: (NewField("version"),),
-    Heartbeat: (NewField("orphaned"),),
-    Prefill: (NewField("body.speculate"), NewField("body.prediction_ids")),
-    Reserve: (NewField("body.speculate"), NewField("body.prediction_ids")),
+    Heartbeat: (NewField("orphaned"), NewField("load.adapters"), NewField("load.adapters_in_memory")),
+    Prefill: DISPATCH_FIELDS,
+    Reserve: DISPATCH_FIELDS,
     Tokens: (NewField("accepted_prediction"),),
 }
+NEW_MESSAGES: tuple[type[Message], ...] = (LoadAdapter, AdapterLoaded)
 NEW_VALUES: dict[type[Message], dict[str, tuple[str, ...]]] = {Register: {"role": ("mixed",)}}
 """Of fields that the version before had without them."""
 
@@ -64,6 +80,8 @@ def written_for(version: int, message: Message) -> Message:
     """
     if version >= PROTOCOL_VERSION:
         return message
+    if isinstance(message, NEW_MESSAGES):
+        raise NotInVersion(f"a peer of protocol version {OLDEST_VERSION} knows no {type(message).__name__}")
     for name, values in NEW_VALUES.get(type(message), {}).items():
         if getattr(message, name) in values:
             raise NotInVersion(f"a peer of protocol version {OLDEST_VERSION} knows no {name} {getattr(message, name)}")

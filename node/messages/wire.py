@@ -9,6 +9,7 @@ import msgspec
 
 from baton.node.messages.base import Message, decode_as
 from baton.node.messages.control import (
+    AdapterLoaded,
     Bundle,
     Busy,
     Cancel,
@@ -21,6 +22,7 @@ from baton.node.messages.control import (
     KvEvents,
     KvReplay,
     KvSnapshot,
+    LoadAdapter,
     Ping,
     Prefill,
     PromptLogprobs,
@@ -50,7 +52,7 @@ from baton.node.messages.transfer import (
 )
 
 MESSAGES: tuple[type[Message], ...] = (
-    Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain,
+    Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain, LoadAdapter, AdapterLoaded,
     RegisterStore, KvEvents, KvReplay, KvSnapshot,
     Prefill, Reserve, Cancel, Reserved, Busy, PromptLogprobs, Tokens, Bundle, HandedOver, Failed, Cancelled,
     Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Renewed, Ack, Abort, Aborted,

@@ -12,19 +12,22 @@ import torch
 import baton
 from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
-from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.hashing import block_hashes, root_hash
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE
+from baton.models.adapters.peft import read_adapter
+from baton.models.adapters.slots import PreparedAdapter
 from baton.models.cpu.runner import ModelRunner
 from baton.models.drafts import Drafter
-from baton.node.messages.control import Bundle, DispatchBody, Failed, Reserve, SamplingSpec, Tokens
+from baton.node.messages.control import AdapterRef, Bundle, DispatchBody, Failed, Reserve, SamplingSpec, Tokens
 from baton.tests.unit.worker.bench import RecordingIo
+from baton.worker.adapters import ReadAdapter, WorkerAdapters
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import GrammarCompiler
 from baton.worker.io_thread import FromProxy
 from baton.worker.loop import Loop
-from baton.worker.parts import Parts
+from baton.worker.parts import NO_ADAPTERS, Adapters, Parts
 from baton.worker.prefix_loading import PrefixLoader
 
 FOLDER = Path(baton.__file__).parent / "models" / "demo"
@@ -32,6 +35,16 @@ END_IDS = (0, 1)
 BLOCK_TOKENS = 16
 MAX_MODEL_LEN = 1024
 ROOT = b"r" * 32
+
+
+def reader(runner: ModelRunner) -> ReadAdapter:
+    """Reads adapters for a runner, as a worker does."""
+
+    def read(path: Path) -> tuple[bytes, PreparedAdapter]:
+        adapter = read_adapter(path, runner.config)
+        return adapter.digest, runner.adapters.prepare(adapter)
+
+    return read
 
 
 class Answer(NamedTuple):
@@ -55,7 +68,14 @@ class DemoWorker:
     ) -> None:
         settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs, **options)
         eagle = None if settings.draft_model is None else Path(settings.draft_model)
-        runner = ModelRunner.load(folder, max_model_len=max_model_len, eagle=eagle, most_drafts=settings.most_drafts)
+        runner = ModelRunner.load(
+            folder,
+            max_model_len=max_model_len,
+            eagle=eagle,
+            most_drafts=settings.most_drafts,
+            max_loras=settings.max_loras,
+            max_lora_rank=settings.max_lora_rank,
+        )
         runner.drafter = drafter or runner.drafter
         config = runner.config
         layout = KVLayout.of_model(
@@ -70,7 +90,19 @@ class DemoWorker:
         with loading_grammar_tokenizer(FOLDER / "tokenizer.json", config.vocab_size, END_IDS) as tokenizer:
             self.grammars = GrammarCompiler(tokenizer, config.vocab_size, self._io.inbox.put)
         prefixes = PrefixLoader(NO_STORE, manager, layout, always=False)
-        parts = Parts(runner, manager, layout, max_model_len, self._io, prefixes, grammars=self.grammars)
+        adapters: Adapters = NO_ADAPTERS
+        if settings.max_loras:
+            adapters = WorkerAdapters(runner.adapters, reader(runner), settings.max_loras, self._io.inbox.put)
+        parts = Parts(
+            runner,
+            manager,
+            layout,
+            max_model_len,
+            self._io,
+            prefixes,
+            grammars=self.grammars,
+            adapters=adapters,
+        )
         self.role = DecodeRole(
             parts,
             settings.sizes("cpu"),
@@ -88,17 +120,22 @@ class DemoWorker:
         known: Mapping[str, tuple[int, ...]] | None = None,
         prediction: tuple[int, ...] = (),
         root: bytes = ROOT,
+        adapters: Mapping[str, AdapterRef] | None = None,
     ) -> dict[str, Answer]:
-        """Of requests by name, all with one prompt; known: tokens that another worker has generated, by name."""
+        """Of requests by name, all with one prompt; known: tokens that another worker has generated, by name; adapters
+        by name."""
         self._io.sent.clear()
         prompt_ids = tuple(prompt)
         for name, sampling in requests.items():
             ids = (*prompt_ids, *(known or {}).get(name, ()))
+            adapter = (adapters or {}).get(name)
+            own_root = root if adapter is None else root_hash(root, lora=adapter.digest)
             body = DispatchBody(
                 token_ids=ids,
                 prompt_len=len(prompt_ids),
-                root=root,
-                block_hashes=block_hashes(root, ids, BLOCK_TOKENS),
+                root=own_root,
+                block_hashes=block_hashes(own_root, ids, BLOCK_TOKENS),
+                adapter=adapter,
                 prediction_ids=prediction,
                 sampling=sampling,
                 deadline_s=300.0,
