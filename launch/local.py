@@ -24,6 +24,8 @@ from baton.node.settings import as_arguments, option
 
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
+MAX_LORAS = 32
+"""Of a worker where adapters are served, unless its arguments say otherwise."""
 FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp", "--speculate", "--pp")
 """Options of a worker that say what it makes of the model's folder, as `baton.models.check` takes them."""
 
@@ -234,6 +236,7 @@ def plan_worker(
         *(("--tp", str(settings.ranks_of(role))) if settings.ranks_of(role) > 1 else ()),
         *(("--pp", str(settings.stages_of(role))) if settings.stages_of(role) > 1 else ()),
         *gpu,
+        *(("--max-loras", str(MAX_LORAS)) if settings.lora_modules or settings.adapter_root else ()),
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
         *settings.worker_arg,
         *(settings.prefill_arg if role == "prefill" else settings.decode_arg),

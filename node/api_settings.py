@@ -39,6 +39,17 @@ class ApiSettings:
         help="name of the model in the API, once for each name: /v1/models lists all, answers have the one that was "
         "asked for; default: the folder's name, or the hub id",
     )
+    lora_modules: tuple[str, ...] = option(
+        (),
+        metavar="NAME=PATH",
+        help="LoRA adapters of the model: what requests call one, and its folder, as PEFT saves it; also as JSON with "
+        "name and path",
+    )
+    adapter_root: Path | None = option(
+        None,
+        metavar="FOLDER",
+        help="let /v1/load_lora_adapter load adapters from folders inside this one; default: none are loaded later",
+    )
     tool_format: str = option(
         AUTO,
         choices=TOOL_FORMATS,

@@ -30,6 +30,7 @@ from baton.node.settings import is_from_environment, is_loopback_host, parse, re
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 from baton.node.tls import server_context
+from baton.proxy.adapter_names import modules_of
 from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
@@ -81,8 +82,11 @@ async def serve(settings: ProxySettings) -> int:
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
     endpoint = Endpoint(Context(credentials), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)
     dispatcher = Dispatcher(endpoint, settings, [name])
+    adapters = modules_of(settings.lora_modules, (name, *aliases))
     app_settings = AppSettings(
         aliases=tuple(aliases),
+        adapter_root=settings.adapter_root,
+        is_alone=settings.proxies == 1,
         api_keys=api_keys(settings),
         cors_origins=settings.cors_origin,
         allowed_hosts=_allowed_hosts(settings),
@@ -106,7 +110,8 @@ async def serve(settings: ProxySettings) -> int:
         app_settings,
         _spans(settings.otlp_endpoint),
         _group_of(settings),
-        _tenants_of(settings, (name, *aliases)),
+        _tenants_of(settings, (name, *aliases, *(each.name for each in adapters))),
+        adapters,
     )
     connections = Connections(ConnectionLimits(_max_connections(app_settings.max_requests)), service.refused)
     config = uvicorn.Config(

@@ -1,7 +1,7 @@
 """The proxy's side of the control plane: one endpoint driven by the event loop, the cluster's state, and heartbeats.
 
 It owns the socket and the membership, passes block events of workers and stores to the feed, messages about requests
-to `on_message` and losses to `on_lost`.
+to `on_message`, those about adapters to `on_adapter` and losses to `on_lost`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from baton.node.link_counts import LinkCounts
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S
 from baton.node.messages.base import PROTOCOL_VERSION, Message
 from baton.node.messages.control import (
+    AdapterLoaded,
     Bundle,
     Busy,
     Cancelled,
@@ -44,6 +45,7 @@ from baton.proxy.routing.kvfeed import KvFeed
 
 logger = logging.getLogger("proxy")
 
+OnAdapter = Callable[[str, AdapterLoaded], None]
 LegMessage = Reserved | Busy | PromptLogprobs | Tokens | HandedOver | Failed | Cancelled
 BYTES_A_TURN = 64 << 10
 """Of messages, some 1,000 tokens: they take the event loop 2 ms."""
@@ -91,6 +93,7 @@ class ControlPlane:
         on_message: Callable[[str, LegMessage], None],
         on_lost: Callable[[str, str], None],
         on_change: Callable[[], None],
+        on_adapter: OnAdapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rejected = 0
@@ -101,6 +104,7 @@ class ControlPlane:
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_change = on_change
+        self._on_adapter = on_adapter
         self._clock = clock
         self._incarnation = time.time_ns() >> 10
         self._receive_due = False
@@ -198,6 +202,8 @@ class ControlPlane:
                     self._on_message(identity, tokens)
             case Reserved() | Busy() | PromptLogprobs() | Tokens() | HandedOver() | Failed() | Cancelled():
                 self._on_message(identity, message)
+            case AdapterLoaded():
+                self._on_adapter(identity, message)
             case _:
                 self.rejected += 1
 

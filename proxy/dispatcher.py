@@ -11,14 +11,16 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from baton.node.errors import PeerLost
+from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
 from baton.node.membership import HEARTBEAT_S
-from baton.node.messages.control import Cancel, Failed, Prefill, Reserve
+from baton.node.messages.control import AdapterLoaded, Cancel, Failed, Prefill, Reserve
 from baton.node.messages.versions import NotInVersion
+from baton.proxy.adapter_loads import AdapterLoads
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
 from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.routing.admission import Admission, ViewOf
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
 from baton.proxy.routing.failed_pairs import FailedPairs, Pair
@@ -96,8 +98,16 @@ class Dispatcher:
         }
         self._monitors = {name: ScaleMonitor(objectives) for name in self._cluster.models}
         self._control = ControlPlane(
-            socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
+            socket,
+            self._cluster,
+            self._feed,
+            self._on_message,
+            self._on_lost,
+            self._on_change,
+            self._on_adapter,
+            clock,
         )
+        self._adapter_loads = AdapterLoads(self._control.send)
         self._sessions: dict[str, Callable[[Event], None]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._plan_at = float("-inf")
@@ -149,6 +159,17 @@ class Dispatcher:
             clock=self._clock,
         )
         return session.run()
+
+    async def load_adapter(self, model: str, adapter: RequestAdapter, *, timeout_s: float) -> None:
+        roles = self._cluster.models[model].takers_of(adapter)
+        asked = [worker for workers in roles.values() for worker in workers]
+        answers = await self._adapter_loads.load(asked, adapter.ref, timeout_s)
+        for worker, error in answers.items():
+            if error:
+                raise BadRequest(f"worker {worker}: {error}", param="lora_path")
+        for role, workers in roles.items():
+            if not any(worker in answers for worker in workers):
+                raise DeadlineExceeded(f"no {role} worker has loaded the adapter in {timeout_s:.0f} s")
 
     def ready(self) -> str:
         if self._draining:
@@ -249,7 +270,11 @@ class Dispatcher:
         if (hear := self._sessions.get(message.request_id)) is not None:
             hear((worker, message))
 
+    def _on_adapter(self, worker: str, message: AdapterLoaded) -> None:
+        self._adapter_loads.on_loaded(worker, message)
+
     def _on_lost(self, worker: str, reason: str) -> None:
+        self._adapter_loads.on_lost(worker)
         self.count("worker_lost_total")
         for hear in self._sessions.values():
             hear(WorkerLost(worker, reason))

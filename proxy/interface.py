@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from baton.node.messages.control import Load, Logprob, PromptLogprob, SamplingSpec
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.scaling.objectives import RoleScale
 
 BODY_MEMORY_BYTES = 256 << 20
@@ -84,6 +86,8 @@ class Generation:
     """What the policy `session` routes by; empty: nothing."""
     cache_salt: bytes = b""
     """Only generations of one salt share KV; see kvtransfer.blocks.hashing."""
+    adapter: RequestAdapter | None = None
+    """None: the model alone."""
 
 
 class Engine(Protocol):
@@ -103,6 +107,11 @@ class Engine(Protocol):
 
     def ready(self) -> str:
         """Empty if requests to all models can be served now, else the reason why not."""
+        ...
+
+    async def load_adapter(self, model: str, adapter: RequestAdapter, *, timeout_s: float) -> None:
+        """Have the model's workers keep it in memory. Raises BadRequest where it cannot be used, PeerLost where no
+        worker is there, DeadlineExceeded where none of a role has it in time."""
         ...
 
     def max_model_len(self, model: str) -> int:
@@ -130,6 +139,10 @@ class AppSettings:
 
     aliases: tuple[str, ...] = ()
     """Further names of the first model."""
+    adapter_root: Path | None = None
+    """Adapters may be loaded from folders inside it; None: none but those that were there at the start."""
+    is_alone: bool = True
+    """No other proxy listens at the port."""
 
     api_keys: tuple[str, ...] = ()
     """Empty: requests need no key."""

@@ -176,7 +176,8 @@ class Session:
         self._clock = clock
         scored = generation.sampling.prompt_logprobs is not None
         self._ledger = Ledger(generation.prompt_ids, num_scored=1 if scored else len(generation.prompt_ids))
-        self._blocks = PromptBlocks(generation.prompt_ids, generation.cache_salt)
+        self._adapter = None if generation.adapter is None else generation.adapter.ref
+        self._blocks = self._named(generation.prompt_ids)
         self._cached_tokens = 0
         self._admitted_tokens = 0
         """What its admission counted as; 0 before it."""
@@ -268,6 +269,7 @@ class Session:
             contended=route.contended,
             speculate=self._generation.speculate,
             prediction_ids=self._generation.prediction_ids or (),
+            adapter=self._adapter,
         )
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         decodes = body.sampling.max_tokens > 0
@@ -289,17 +291,17 @@ class Session:
     async def _admit(self, avoid: frozenset[str], *, transfer_failed: bool) -> tuple[Route, BlockNames]:
         """A route for what is known of the sequence by now, and the names of its blocks where the route leads."""
         if len(self._blocks.token_ids) != self._ledger.num_tokens:
-            self._blocks = PromptBlocks(self._ledger.token_ids(), self._generation.cache_salt)
+            self._blocks = self._named(self._ledger.token_ids())
         blocks, turn, session = self._blocks, self._turn, self._generation.session_key
-        constrained = self._generation.sampling.grammar is not None
+        constrained, adapter = self._generation.sampling.grammar is not None, self._generation.adapter
 
         def view_of(shape: ClusterShape) -> RequestView | None:
             if self._has_begun() and shape.namespace != self._namespace:
                 return None
             self._timeline.enter("route")
             view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
-            if transfer_failed or constrained:
-                view = replace(view, transfer_failed=transfer_failed, constrained=constrained)
+            if transfer_failed or constrained or adapter is not None:
+                view = replace(view, transfer_failed=transfer_failed, constrained=constrained, adapter=adapter)
             if self._ledger.awaits_prompt:  # what caches have gives no log probabilities
                 view = replace(view, hashes=())
             self._timeline.enter("queue")
@@ -312,6 +314,11 @@ class Session:
         self._namespace = shape.namespace
         self._timeline.enter("route")
         return route, blocks.under(shape)
+
+    def _named(self, token_ids: tuple[int, ...]) -> PromptBlocks:
+        """Blocks of one adapter have other names than those of another, or of the model alone."""
+        lora = b"" if self._adapter is None else self._adapter.digest
+        return PromptBlocks(token_ids, self._generation.cache_salt, lora)
 
     def _has_begun(self) -> bool:
         """The client has a part of the answer."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.scaling.objectives import RoleScale
 
 
@@ -49,6 +50,10 @@ class FakeEngine:
     attempts: dict[str, dict[str, int]] = field(default_factory=dict)
     """By model and revision."""
     scaling: dict[str, list[RoleScale]] = field(default_factory=dict)
+    adapters: list[RequestAdapter] = field(default_factory=list)
+    """Those that were loaded."""
+    adapter_failure: Exception | None = None
+    """What loading another one raises."""
     calls: list[EngineCall] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
@@ -79,6 +84,11 @@ class FakeEngine:
 
     def ready(self) -> str:
         return self.not_ready
+
+    async def load_adapter(self, model: str, adapter: RequestAdapter, *, timeout_s: float) -> None:
+        if self.adapter_failure is not None:
+            raise self.adapter_failure
+        self.adapters.append(adapter)
 
     def max_model_len(self, model: str) -> int:
         return self.model_len

@@ -24,6 +24,7 @@ from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
 from baton.proxy.http.absent import EMBEDDINGS, embeddings_note
+from baton.proxy.http.adapter_routes import add_adapter_routes
 from baton.proxy.http.anthropic.request import read_messages
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
@@ -91,6 +92,7 @@ def app_of(service: Service) -> FastAPI:
     _add_models(app, service)
     add_tokenizer_routes(app, service)
     add_token_counts(app, service)
+    add_adapter_routes(app, service)
     if settings.debug_requests:
         _add_debug(app, service)
     for api in APIS:
@@ -222,6 +224,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     def shown(name: str, model: ModelEntry) -> dict[str, object]:
         named = {"id": name, "object": "model", "created": created, "owned_by": "baton"}
+        if model.adapter is not None and (adapter := service.adapters.find(name)) is not None:
+            named |= {"created": adapter.created, "root": adapter.root, "parent": adapter.parent}
         return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 
     @app.get("/v1/models")

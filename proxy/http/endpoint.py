@@ -159,7 +159,9 @@ class GenerateEndpoint:
             request.timeline.enter("tokenise")
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
             max_model_len = service.max_model_len(model.name)
-            made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id, request.tenant)
+            made = await choices_of(
+                known, model.text, service.settings, max_model_len, request.own_id, request.tenant, model.adapter
+            )
             del known
             parsed = replace(parsed, prompts=(), messages=())  # the tokens have taken their place
             body.clear()

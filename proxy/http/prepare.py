@@ -20,6 +20,7 @@ from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.call_choice import answer_grammar
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest, check_beside_grammar
 from baton.proxy.interface import AppSettings, Generation
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.tenants.tenants import Tenant
 from baton.proxy.text.grammar_request import ANY_TOKENS, GrammarRequest
 from baton.proxy.text.model_text import ModelText
@@ -46,7 +47,13 @@ class Choice:
 
 
 async def choices_of(
-    request: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int, request_id: str, tenant: Tenant
+    request: ParsedRequest,
+    text: ModelText,
+    settings: AppSettings,
+    max_model_len: int,
+    request_id: str,
+    tenant: Tenant,
+    adapter: RequestAdapter | None = None,
 ) -> list[Choice]:
     """All choices of `request`, n next to each other for each prompt; raises BadRequest.
 
@@ -82,6 +89,7 @@ async def choices_of(
                 follows=len(made) >= settings.max_generations,
                 session_key=request.session_key,
                 cache_salt=salt,
+                adapter=adapter,
             )
             made.append(Choice(len(made), generation, echo, thinking))
     return made

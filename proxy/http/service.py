@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from starlette.types import Receive, Scope
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
+from baton.proxy.adapter_names import AdapterNames, NamedAdapter
 from baton.proxy.group import Alone, Group
 from baton.proxy.http.bodies import BodyMemory, HeldBody, read_body
 from baton.proxy.http.failures import Failure
@@ -17,9 +19,12 @@ from baton.proxy.http.unknown import UnknownParameters
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
 from baton.proxy.metrics.request_log import RequestLog, Spans
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.tenants.tenants import Tenant, Tenants
 from baton.proxy.text.model_text import ModelText
 
+MAX_NAMES_SHOWN = 20
+"""In the error of a name that is not served."""
 MOST_OF_FREE = 8
 """Of several tenants, each may have at most so many times the free places: one alone has 8 of 9, two have 8 of 17 each,
 so that some are left for others (Choudhury and Hahne, "Dynamic queue length thresholds", 1998)."""
@@ -78,6 +83,8 @@ class ModelEntry:
     """The first of its names, which engine and metrics know."""
     text: ModelText
     metrics: ModelMetrics
+    adapter: RequestAdapter | None = None
+    """Where the name that was asked for is that of an adapter of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class Service:
 
     engine: Engine
     models: Mapping[str, ModelEntry]
+    adapters: AdapterNames
     settings: AppSettings
     metrics: ProxyMetrics
     log: RequestLog
@@ -131,13 +139,21 @@ class Service:
 
     def models_for(self, tenant: Tenant) -> Mapping[str, ModelEntry]:
         """Those that the tenant may use, by the names under which it may."""
-        return {name: model for name, model in self.models.items() if tenant.rules.may_use(name)}
+        adapted = {each.name: self._adapted(each) for each in self.adapters}
+        return {name: model for name, model in {**self.models, **adapted}.items() if tenant.rules.may_use(name)}
+
+    def _adapted(self, named: NamedAdapter) -> ModelEntry:
+        return replace(self.models[named.parent], adapter=named.adapter)
 
     def model(self, name: str, tenant: Tenant) -> ModelEntry:
         """Raises BadRequest (404) unless `name` is served, to this tenant: it learns of no other's models."""
         found = self.models.get(name)
+        if found is None and (named := self.adapters.find(name)) is not None:
+            found = self._adapted(named)
         if found is None or not tenant.rules.may_use(name):
-            served = ", ".join(f"`{each}`" for each in self.models_for(tenant)) or "none for this key"
+            names = [f"`{each}`" for each in islice(self.models_for(tenant), MAX_NAMES_SHOWN + 1)]
+            names[MAX_NAMES_SHOWN:] = ["others"] if len(names) > MAX_NAMES_SHOWN else []
+            served = ", ".join(names) or "none for this key"
             message = f"The model `{name[:128]}` does not exist; this server has {served}."
             raise BadRequest(message, status=404, param="model", code="model_not_found")
         return found
@@ -163,6 +179,7 @@ def make_service(
     spans: Spans | None = None,
     group: Group | None = None,
     tenants: Tenants | None = None,
+    adapters: AdapterNames | None = None,
 ) -> Service:
     """`texts` are the text sides of the models, by the first of the names that they have; without a `group`, no other
     proxy is at the port; without `tenants`, those that have a key are one."""
@@ -176,6 +193,7 @@ def make_service(
     return Service(
         engine=engine,
         models=models,
+        adapters=AdapterNames(models) if adapters is None else adapters,
         settings=settings,
         metrics=metrics,
         log=log,

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from baton.node.endpoint import identity_of
+from baton.node.errors import BadRequest, PeerLost
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S, name_error
 from baton.node.messages.control import MAX_PEERS, Heartbeat, Load, Register, RegisterStore
 from baton.node.messages.versions import version_error
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
+from baton.proxy.routing.adapter_places import NO_ADAPTERS, AdapterPlaces, RequestAdapter, lacking
 from baton.proxy.routing.failed_pairs import Pair
 from baton.proxy.routing.roles import MixedRoles, WorkerInterval
 from baton.proxy.routing.router import WorkerView
@@ -206,6 +208,21 @@ class ModelWorkers:
             self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
         if not member.draining:
             self._known[member.register.revision].had_at[member.register.role] = now
+
+    def takers_of(self, adapter: RequestAdapter) -> dict[str, list[str]]:
+        """Workers of each role that can have the adapter. Raises PeerLost where no worker is there, BadRequest where a
+        role has none that can."""
+        found: dict[str, list[str]] = {}
+        for identity, member in self.members.items():
+            if not member.draining:
+                able = found.setdefault(member.register.role, [])
+                able += [identity] if _places(member).take(adapter) else []
+        if not found:
+            raise PeerLost("no worker has registered yet")
+        for role, workers in found.items():
+            if not workers:
+                raise BadRequest(lacking(role, adapter), param="lora_path")
+        return found
 
     def cut_pairs(self) -> frozenset[Pair]:
         """Pairs of live workers of which the first says that the other does not answer."""
@@ -436,7 +453,14 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         max_num_seqs=member.register.max_num_seqs,
         tokens_s=_speed(load.prefill_tokens_s, tokens_s),
         grammar=member.register.grammar,
+        adapters=_places(member) if member.register.max_loras else NO_ADAPTERS,
     )
+
+
+def _places(member: _Member) -> AdapterPlaces:
+    register, load = member.register, member.load
+    in_slots, in_memory = frozenset(load.adapters), frozenset(load.adapters_in_memory)
+    return AdapterPlaces(register.max_loras, register.max_lora_rank, in_slots, in_memory)
 
 
 def _speed(own: float, median: float) -> float:

@@ -48,12 +48,12 @@ class BlockNames:
 class PromptBlocks:
     """Tokens whose blocks are hashed on demand, once a namespace.
 
-    `salt` is that of kvtransfer.blocks.hashing: prompts of different salts share no block.
+    `salt` and `lora` are those of kvtransfer.blocks.hashing: prompts of different ones share no block.
     """
 
-    def __init__(self, token_ids: tuple[int, ...], salt: bytes = b"") -> None:
+    def __init__(self, token_ids: tuple[int, ...], salt: bytes = b"", lora: bytes = b"") -> None:
         self.token_ids = token_ids
-        self._salt = salt
+        self._salt, self._lora = salt, lora
         self._names: BlockNames | None = None
 
     def under(self, shape: ClusterShape) -> BlockNames:
@@ -61,7 +61,7 @@ class PromptBlocks:
         names = self._names
         key = (shape.namespace, shape.block_tokens)
         if names is None or (names.shape.namespace, names.shape.block_tokens) != key:
-            root = root_hash(shape.namespace, self._salt)
+            root = root_hash(shape.namespace, self._salt, self._lora)
             hashes = block_hashes(root, self.token_ids, shape.block_tokens)
             names = self._names = BlockNames(shape, len(self.token_ids), root, hashes)
         return names

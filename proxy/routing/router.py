@@ -14,6 +14,9 @@ decoding holds up the requests that it has, so the first token must come sooner 
 An idle decode worker prefills as soon as a request waits, a busy one only when prefill is far behind, and long prompts
 stay away from workers with many answers. Requests whose prompts are on their way count as answers.
 
+An adapter that is in no slot of a worker is loaded there first: its seconds are a part of each of these costs. Equal
+workers are told apart by the adapter, so that requests of one settle on few of them.
+
 A request whose answer has a grammar goes to a pair of workers with equal versions of the library that makes its masks:
 others may draw different tokens for one seed, and refuse each other's.
 
@@ -32,6 +35,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from baton.proxy.routing.adapter_places import NO_ADAPTERS, AdapterPlaces, RequestAdapter, affinity, lacking
 from baton.proxy.routing.kvindex import Hit
 
 WORK_WEIGHT = 2.0
@@ -70,6 +74,7 @@ class WorkerView:
     """Prompt tokens that it computes in a second; that of its peers unless it is measured to differ much."""
     grammar: str = ""
     """Library and version that make its masks; empty: it takes no request with a grammar."""
+    adapters: AdapterPlaces = NO_ADAPTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class RequestView:
     """Prefill and decode workers between which transfers failed lately."""
     constrained: bool = False
     """Its answer has a grammar."""
+    adapter: RequestAdapter | None = None
 
     def fits(self, prefill: WorkerView, decode: WorkerView) -> bool:
         """Whether the two may share the request."""
@@ -103,6 +109,10 @@ class RequestView:
     def joins(self, prefill: WorkerView, decode: WorkerView) -> bool:
         """Whether transfers between the two are not known to fail."""
         return self.fits(prefill, decode) and (prefill.identity, decode.identity) not in self.failed_pairs
+
+    def adapter_s(self, worker: WorkerView) -> float:
+        """Until the worker can compute with the request's adapter."""
+        return 0.0 if self.adapter is None else worker.adapters.load_s(self.adapter)
 
     def hit_tokens(self, worker: str) -> int:
         hit = self.hits.get(worker)
@@ -166,6 +176,12 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) 
     prefills = _candidates(view, "prefill", request)
     if not decodes:
         return Wait("no decode worker is there", missing="decode")
+    if request.adapter is not None:
+        adapter = request.adapter
+        decodes = [each for each in decodes if each.adapters.take(adapter)]
+        prefills = [each for each in prefills if each.adapters.take(adapter)]
+        if not decodes:
+            return Wait(lacking("decode", adapter), in_vain=True)
     must_be_local = rules.local_prefill == "always" or (rules.local_prefill != "never" and not prefills)
     if not must_be_local and not prefills:
         return Wait("no prefill worker is there", missing="prefill")
@@ -243,12 +259,14 @@ def _prefill_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> 
     work = WORK_WEIGHT * request.num_tokens
     if hit is not None:
         work -= request.block_tokens * (WORK_WEIGHT * hit.blocks - RAM_COST * hit.ram - DISK_COST * hit.disk)
-    return (worker.tokens + work) / worker.tokens_s
+    return (worker.tokens + work) / worker.tokens_s + request.adapter_s(worker)
 
 
 def _decode_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
     travelling = request.num_tokens - (hit.gpu * request.block_tokens if hit is not None else 0)
-    return (worker.tokens + TRANSFER_COST * travelling) / worker.tokens_s + _crowding(worker)
+    return (
+        (worker.tokens + TRANSFER_COST * travelling) / worker.tokens_s + _crowding(worker) + request.adapter_s(worker)
+    )
 
 
 def _local_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
@@ -260,7 +278,7 @@ def _first_token_s(worker: WorkerView, request: RequestView) -> float:
     work = float(request.num_tokens - request.hit_tokens(worker.identity))
     if (hit := request.hits.get(worker.identity)) is not None:
         work += request.block_tokens * (RAM_COST * hit.ram + DISK_COST * hit.disk)
-    return (worker.tokens + work) / worker.tokens_s
+    return (worker.tokens + work) / worker.tokens_s + request.adapter_s(worker)
 
 
 def _crowding(worker: WorkerView) -> float:
@@ -282,7 +300,7 @@ def _kv_aware(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -
     equals = [place for place, each in enumerate(costs) if each * (1.0 - EQUAL_PART) <= least]
     depths = [0 if hit is None else hit.gpu + hit.coming + hit.ram + hit.disk for hit in hits]
     deepest = max(depths)
-    best = _deepest(equals, depths, request.turn)
+    best = _deepest(equals, depths, workers, request)
     if not deepest:
         return workers[best], "no_holder"
     if depths[best] < deepest:
@@ -295,11 +313,14 @@ def _kv_aware(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -
     return workers[best], "coming" if hit is not None and 2 * hit.coming > hit.blocks else "holder"
 
 
-def _deepest(places: Sequence[int], depths: Sequence[int], turn: int) -> int:
-    """Of workers that cost about the same, one that holds most; equals take turns, so that all pools are used."""
+def _deepest(places: Sequence[int], depths: Sequence[int], workers: Sequence[WorkerView], request: RequestView) -> int:
+    """Of workers that cost about the same, one that holds most; equals take turns, so that all pools are used. Those of
+    one adapter go to the same, so that few workers load it."""
     most = max(depths[place] for place in places)
     found = [place for place in places if depths[place] == most]
-    return found[turn % len(found)]
+    if (adapter := request.adapter) is not None:
+        return max(found, key=lambda place: affinity(adapter, workers[place].identity))
+    return found[request.turn % len(found)]
 
 
 def _least_loaded(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:

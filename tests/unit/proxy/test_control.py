@@ -56,6 +56,7 @@ class Bench:
             on_message=lambda worker, message: None,
             on_lost=lambda worker, reason: self.lost.append(reason),
             on_change=lambda: None,
+            on_adapter=lambda worker, message: None,
             clock=lambda: 0.0,
         )
         self.num_sent = 0

@@ -1,0 +1,143 @@
+"""The names of adapters: which adapter requests mean that name it as their model.
+
+Names belong to the proxy; workers know adapters by their content alone. A request keeps the adapter that it has found,
+whatever becomes of the name. It reads folders, and asks no worker.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.node.adapter_folder import AdapterFacts, read_facts
+from baton.node.errors import AdapterError, BadRequest, SettingsError
+from baton.node.messages.control import AdapterRef
+from baton.node.telemetry import excerpt
+from baton.proxy.routing.adapter_places import RequestAdapter
+
+MAX_NAMES = 10_000
+MAX_NAME_CHARACTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class NamedAdapter:
+    """An adapter under one of its names."""
+
+    name: str
+    parent: str
+    """The model that it adapts, by the name under which it is served."""
+    root: str
+    """Where it was read, as it was asked for."""
+    created: int
+    adapter: RequestAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """A value of --lora-modules."""
+
+    name: str
+    path: str
+
+
+class AdapterNames:
+    """Adapters by name. `taken`: names of models, which no adapter can have."""
+
+    def __init__(self, taken: Collection[str] = ()) -> None:
+        self._taken = frozenset(taken)
+        self._by_name: dict[str, NamedAdapter] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[NamedAdapter]:
+        return iter(self._by_name.values())
+
+    def find(self, name: str) -> NamedAdapter | None:
+        return self._by_name.get(name)
+
+    def check(self, name: str, digest: bytes, *, in_place: bool) -> None:
+        """Raises BadRequest where the name cannot mean this adapter from now on."""
+        known = self._by_name.get(name)
+        if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+            message = f"lora_name must be 1 to {MAX_NAME_CHARACTERS} printable characters"
+            raise BadRequest(message, param="lora_name")
+        if name in self._taken:
+            raise BadRequest(f"`{name}` is the name of a model", param="lora_name")
+        if known is None and len(self._by_name) >= MAX_NAMES:
+            raise BadRequest(f"there are {MAX_NAMES} adapters already", param="lora_name")
+        if known is not None and known.adapter.ref.digest != digest and not in_place:
+            message = f"another adapter is loaded as `{name}`; load_inplace replaces it"
+            raise BadRequest(message, status=409, param="lora_name", code="adapter_exists")
+
+    def put(self, named: NamedAdapter) -> None:
+        self._by_name[named.name] = named
+
+    def remove(self, name: str) -> NamedAdapter:
+        """Raises BadRequest (404)."""
+        if (found := self._by_name.pop(name, None)) is None:
+            message = f"no adapter is loaded as `{name[:128]}`"
+            raise BadRequest(message, status=404, param="lora_name", code="model_not_found")
+        return found
+
+
+def named_adapter(name: str, parent: str, root: str, folder: Path, facts: AdapterFacts) -> NamedAdapter:
+    adapter = RequestAdapter(AdapterRef(facts.digest, str(folder)), facts.rank, facts.size_bytes)
+    return NamedAdapter(name, parent, root, int(time.time()), adapter)
+
+
+def folder_inside(root: Path, path: str) -> Path:
+    """The folder that a client names, absolute or below `root`, with all links resolved. Raises BadRequest where it, or
+    a file of it, lies outside."""
+    outside = BadRequest("lora_path must be a folder inside --adapter-root", param="lora_path")
+    try:
+        own = root.resolve(strict=True)
+        folder = (own / path).resolve(strict=True)
+        files = [each.resolve(strict=True) for each in folder.iterdir()] if folder.is_relative_to(own) else []
+    except (OSError, ValueError, RuntimeError):  # it is not there, or its links lead in a circle
+        raise outside from None
+    if not folder.is_relative_to(own) or not all(each.is_relative_to(own) for each in files):
+        raise outside
+    return folder
+
+
+def modules_of(values: Sequence[str], models: Sequence[str]) -> AdapterNames:
+    """The names of --lora-modules, whose folders are read now. Raises SettingsError."""
+    names = AdapterNames(models)
+    for value in values:
+        module = _module(value)
+        folder = Path(module.path).expanduser().resolve()
+        try:
+            facts = read_facts(folder)
+            if names.find(module.name) is not None:
+                raise SettingsError(f"--lora-modules: {module.name} is there twice")
+            names.check(module.name, facts.digest, in_place=False)
+        except (AdapterError, BadRequest) as error:
+            raise SettingsError(f"--lora-modules {excerpt(value)}: {error}") from None
+        names.put(named_adapter(module.name, models[0], module.path, folder, facts))
+    return names
+
+
+def _module(value: str) -> LoraModule:
+    """NAME=PATH, or an object of JSON with name and path, as vLLM takes them."""
+    wrong = SettingsError(f"--lora-modules {excerpt(value)}: NAME=PATH, or JSON with name and path")
+    if value.startswith("{"):
+        try:
+            fields = json.loads(value)
+        except (ValueError, RecursionError):
+            raise wrong from None
+        name, path = fields.get("name"), fields.get("path")
+        if (
+            fields.keys() - {"name", "path", "base_model_name"}
+            or not isinstance(name, str)
+            or not isinstance(path, str)
+        ):
+            raise wrong
+        return LoraModule(name, path)
+    name, equals, path = value.partition("=")
+    if not equals or not name or not path:
+        raise wrong
+    return LoraModule(name, path)
