@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.node.adapter_folder import AdapterFacts, read_facts
 from baton.node.errors import AdapterError, BadRequest, SettingsError
 from baton.node.messages.control import AdapterRef
 from baton.node.telemetry import excerpt
+from baton.proxy.metrics.adapters import AdapterUsage
 from baton.proxy.routing.adapter_places import RequestAdapter
 
 MAX_NAMES = 10_000
@@ -33,6 +34,8 @@ class NamedAdapter:
     """Where it was read, as it was asked for."""
     created: int
     adapter: RequestAdapter
+    usage: AdapterUsage
+    """Of the name: it goes on where the name means another adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class AdapterNames:
             raise BadRequest(message, status=409, param="lora_name", code="adapter_exists")
 
     def put(self, named: NamedAdapter) -> None:
-        self._by_name[named.name] = named
+        known = self._by_name.get(named.name)
+        self._by_name[named.name] = named if known is None else replace(named, usage=known.usage)
 
     def remove(self, name: str) -> NamedAdapter:
         """Raises BadRequest (404)."""
@@ -86,7 +90,7 @@ class AdapterNames:
 
 def named_adapter(name: str, parent: str, root: str, folder: Path, facts: AdapterFacts) -> NamedAdapter:
     adapter = RequestAdapter(AdapterRef(facts.digest, str(folder)), facts.rank, facts.size_bytes)
-    return NamedAdapter(name, parent, root, int(time.time()), adapter)
+    return NamedAdapter(name, parent, root, int(time.time()), adapter, AdapterUsage())
 
 
 def folder_inside(root: Path, path: str) -> Path:

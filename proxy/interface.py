@@ -58,6 +58,8 @@ class WorkerStatus:
     """Of the deployment; workers of one revision are paired."""
     orphaned: bool = False
     """What started it is gone."""
+    max_loras: int = 0
+    """Adapters that one of its steps can compute with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

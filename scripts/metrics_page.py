@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.node.messages.control import Load
 from baton.proxy.group import UP
 from baton.proxy.interface import WorkerStatus
+from baton.proxy.metrics.adapters import AdapterUsage
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.metrics.meter import GenerationMeter
 from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, ProxyMetrics
@@ -104,7 +106,8 @@ def _families() -> Iterable[Metric]:
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
     engine.attempts["demo"] = {"": 0}
     engine.scaling["demo"] = [RoleScale(role, 0.0, 1) for role in ("prefill", "decode")]
-    metrics = ProxyMetrics(engine, ["demo"], time.monotonic, Tenants.one(["key"]))
+    adapter = SimpleNamespace(name="adapter", usage=AdapterUsage())
+    metrics = ProxyMetrics(engine, ["demo"], time.monotonic, Tenants.one(["key"]), [adapter])
     line = Timeline(metrics.clock)
     track = GenerationMeter(
         metrics.of("demo"), RequestLog(), GenerationInfo("", 0, "chat", "demo", True, 1, None, 0, {}), line

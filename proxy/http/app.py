@@ -224,7 +224,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     def shown(name: str, model: ModelEntry) -> dict[str, object]:
         named = {"id": name, "object": "model", "created": created, "owned_by": "baton"}
-        if model.adapter is not None and (adapter := service.adapters.find(name)) is not None:
+        if (adapter := model.named) is not None:
             named |= {"created": adapter.created, "root": adapter.root, "parent": adapter.parent}
         return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 

@@ -223,7 +223,8 @@ class GenerateEndpoint:
             named_call=parsed.tools is not None and parsed.tools.named,
         )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
-        meter = GenerationMeter(model.metrics, service.log, info, timeline)
+        usage = None if model.named is None else model.named.usage
+        meter = GenerationMeter(model.metrics, service.log, info, timeline, usage)
         outcome = CANCELLED
         spent_s = service.metrics.clock() - request.arrived_s
         deltas = service.engine.generate(

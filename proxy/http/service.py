@@ -83,8 +83,12 @@ class ModelEntry:
     """The first of its names, which engine and metrics know."""
     text: ModelText
     metrics: ModelMetrics
-    adapter: RequestAdapter | None = None
+    named: NamedAdapter | None = None
     """Where the name that was asked for is that of an adapter of the model."""
+
+    @property
+    def adapter(self) -> RequestAdapter | None:
+        return None if self.named is None else self.named.adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,7 @@ class Service:
         return {name: model for name, model in {**self.models, **adapted}.items() if tenant.rules.may_use(name)}
 
     def _adapted(self, named: NamedAdapter) -> ModelEntry:
-        return replace(self.models[named.parent], adapter=named.adapter)
+        return replace(self.models[named.parent], named=named)
 
     def model(self, name: str, tenant: Tenant) -> ModelEntry:
         """Raises BadRequest (404) unless `name` is served, to this tenant: it learns of no other's models."""
@@ -183,7 +187,8 @@ def make_service(
 ) -> Service:
     """`texts` are the text sides of the models, by the first of the names that they have; without a `group`, no other
     proxy is at the port; without `tenants`, those that have a key are one."""
-    metrics = ProxyMetrics(engine, tuple(texts), tenants=tenants or ())
+    names = AdapterNames((*texts, *settings.aliases)) if adapters is None else adapters
+    metrics = ProxyMetrics(engine, tuple(texts), tenants=tenants or (), adapters=names)
     models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
     models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
@@ -193,7 +198,7 @@ def make_service(
     return Service(
         engine=engine,
         models=models,
-        adapters=AdapterNames(models) if adapters is None else adapters,
+        adapters=names,
         settings=settings,
         metrics=metrics,
         log=log,

@@ -5,6 +5,7 @@ Owns nothing but its counts; it writes to the metrics, the timeline and the requ
 
 from __future__ import annotations
 
+from baton.proxy.metrics.adapters import AdapterUsage
 from baton.proxy.metrics.metrics import ModelMetrics
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.request_log import RequestLog
@@ -16,7 +17,15 @@ CANCELLED = "cancelled"
 class GenerationMeter:
     """Waiting until its first tokens, running until it is closed. Close it once."""
 
-    def __init__(self, metrics: ModelMetrics, log: RequestLog, info: GenerationInfo, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        metrics: ModelMetrics,
+        log: RequestLog,
+        info: GenerationInfo,
+        timeline: Timeline,
+        usage: AdapterUsage | None = None,
+    ) -> None:
+        """usage: of its adapter."""
         self._metrics = metrics
         self._log = log
         self._info = info
@@ -24,7 +33,10 @@ class GenerationMeter:
         self._first_at = 0.0
         self._num_tokens = 0
         self._cached_tokens = 0
+        self._usage = usage or AdapterUsage()
         metrics.waiting.inc()
+        self._usage.begun += 1
+        self._usage.waiting += 1
 
     def tokens(self, num_tokens: int, cached_tokens: int) -> None:
         """New tokens have arrived; a cache had `cached_tokens` of the prompt."""
@@ -35,6 +47,8 @@ class GenerationMeter:
             self._first_at = now
             self._cached_tokens = cached_tokens
             metrics.begun(self._info.prompt_tokens, cached_tokens)
+            self._usage.waiting -= 1
+            self._usage.running += 1
         line.last_tokens_at = now
         self._num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
@@ -50,6 +64,10 @@ class GenerationMeter:
         finished = outcome in ("stop", "length")
         line.end(finished=finished)
         (self._metrics.running if self._num_tokens else self._metrics.waiting).dec()
+        if self._num_tokens:
+            self._usage.running -= 1
+        else:
+            self._usage.waiting -= 1
         record = GenerationRecord(
             info=self._info,
             outcome=outcome,

@@ -22,6 +22,7 @@ from baton.proxy.formats.tables import FORMATS
 from baton.proxy.http.connections import REFUSALS
 from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
+from baton.proxy.metrics.adapters import AdapterCollector, NamedUsage
 from baton.proxy.metrics.collector import EngineCollector, MovedBytes, ReportCollector, TenantCollector
 from baton.proxy.metrics.counters import PROMPT_SOURCES
 from baton.proxy.metrics.record import GenerationRecord
@@ -76,8 +77,9 @@ class ProxyMetrics:
         models: Sequence[str],
         clock: Callable[[], float] = time.perf_counter,
         tenants: Iterable[Tenant] = (),
+        adapters: Iterable[NamedUsage] = (),
     ) -> None:
-        """`tenants`: those that have counters of their own."""
+        """`tenants`: those that have counters of their own; `adapters` by name."""
         self.clock = clock
         self._families = _Families()
         self._moved = MovedBytes()
@@ -90,6 +92,7 @@ class ProxyMetrics:
         self.refused = {reason: refused.labels(reason) for reason in REFUSALS}
         self._families.registry.register(EngineCollector(engine, models, self._moved))
         self._families.registry.register(TenantCollector(tenants))
+        self._families.registry.register(AdapterCollector(engine, adapters))
         self._reports = CollectorRegistry()
         self._reports.register(ReportCollector(engine, models))
 

@@ -383,6 +383,7 @@ class ClusterState:
                 model,
                 m.register.revision,
                 m.orphaned,
+                m.register.max_loras,
             )
             for model, workers in self.models.items()
             for m in workers.members.values()

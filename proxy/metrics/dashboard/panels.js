@@ -98,6 +98,12 @@ function stages({ now, before }) {
   return Object.fromEntries(now.values(`${metric}_sum`, "stage", { until }).map((stage) => [stage, mean_of(stage)]));
 }
 
+/** Generations a second by adapter. */
+function adapters({ now, before }) {
+  const metric = "baton:adapter_generations_total";
+  return by_label(now, metric, "adapter", (adapter) => rate(before(RATE_S), now, metric, { adapter }));
+}
+
 /** What a sequence gets of a step that verified drafts of its: those that were accepted, and one more. */
 function tokens_a_step({ now, before }) {
   const old = before(SPREAD_S);
@@ -126,6 +132,7 @@ export const PANELS = [
     }),
   },
   { id: "drafts", title: "Tokens a step with drafts", format: plain, of: tokens_a_step },
+  { id: "adapters", title: "Generations/s by adapter", format: plain, stacked: true, of: adapters },
   {
     id: "queue",
     title: "Requests",

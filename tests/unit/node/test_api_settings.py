@@ -51,6 +51,8 @@ def test_serve_passes_every_option_on() -> None:
     """An option that `serve` takes and the proxy never sees does nothing."""
     values = {
         "served_model_name": ("a", "b"),
+        "lora_modules": ("a=b", '{"name": "c", "path": "d"}'),
+        "adapter_root": Path("r"),
         "tool_format": "hermes",
         "reasoning_format": "think",
         "reasoning_field": "reasoning",

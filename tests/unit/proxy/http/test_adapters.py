@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from baton.node.adapter_folder import read_facts
 from baton.node.errors import BadRequest
 from baton.proxy.http.app import create_app
 from baton.proxy.interface import AppSettings
+from baton.proxy.metrics.adapters import MAX_SHOWN, AdapterCollector, AdapterUsage
 from baton.proxy.text.model_text import ModelText
 from baton.testing.adapter_folders import write_adapter
 from baton.testing.fake_engine import FakeEngine
@@ -121,6 +123,25 @@ async def test_loading_needs_a_key(client: httpx.AsyncClient) -> None:
     for path in ("load_lora_adapter", "unload_lora_adapter"):
         answer = await client.post(f"/v1/{path}", json={}, headers={"authorization": "Bearer other"})
         assert answer.status_code == 401
+
+
+async def test_generations_are_counted_by_adapter(client: httpx.AsyncClient, post: Post) -> None:
+    """Under bounded labels; what is unloaded goes."""
+    await post("load_lora_adapter", lora_name="mine", lora_path="a")
+    await post("completions", model="mine", prompt="Hi", n=2)
+    page = (await client.get("/metrics")).text
+    assert 'baton:adapter_generations_total{adapter="mine"} 2.0' in page
+    assert 'vllm:lora_requests_info{max_lora="0",running_lora_adapters="",waiting_lora_adapters=""}' in page
+    await post("unload_lora_adapter", lora_name="mine")
+    assert 'adapter="mine"' not in (await client.get("/metrics")).text
+
+
+def test_many_adapters_share_a_label() -> None:
+    names = [SimpleNamespace(name=f"a{number}", usage=AdapterUsage(number)) for number in range(MAX_SHOWN + 3)]
+    collector = AdapterCollector(FakeEngine(lambda call: []), names, unix_time=lambda: 1.0)
+    begun = next(each for each in collector.collect() if each.name == "baton:adapter_generations")
+    assert len(begun.samples) == MAX_SHOWN + 1
+    assert sum(each.value for each in begun.samples) == sum(range(MAX_SHOWN + 3))
 
 
 async def test_nothing_is_loaded_without_a_root(engine: FakeEngine, text: ModelText) -> None:
