@@ -105,7 +105,7 @@ def load_model(
             check_adapters(model_config(folder), settings.tp)
         return load_ranks_on_cuda(settings, sizes, role, folder)
     if settings.max_loras:
-        raise SettingsError(f"--max-loras {settings.max_loras}: adapters run on CPUs only so far: --device cpu")
+        check_adapters(model_config(folder), settings.tp)
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder, draft)

@@ -99,6 +99,7 @@ def load_on_cuda(
         copies,
         POLL_S,
         _checksums(sizes, role, runner, pool),
+        adapter_slots=runner.adapters,
     )
 
 
@@ -133,6 +134,8 @@ def _load(
         settings.run_ahead,
         settings.deterministic,
         most_drafts=settings.most_drafts,
+        adapter_slots=settings.max_loras,
+        max_rank=settings.max_lora_rank,
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
     runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
