@@ -26,7 +26,7 @@ MAX_RANK, MAX_ALPHA = 4096, 1e6
 MAX_PATTERNS, MAX_PATTERN_CHARACTERS, MAX_REPETITIONS = 8192, 256, 2
 """Of rank_pattern and alpha_pattern; repetitions in one of them, since a search may try all ways to divide a name."""
 
-APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 """Fields that change what the tensors do."""
 NEUTRAL = (
     "peft_type",
@@ -63,6 +63,8 @@ class AdapterConfig:
     alpha_pattern: tuple[tuple[str, float], ...]
     rank_stabilised: bool
     """The scaling is alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)."""
+    has_magnitudes: bool = False
+    """DoRA: rows of the changed weights have lengths of their own (arXiv:2402.09353)."""
 
     @property
     def largest_rank(self) -> int:
@@ -80,7 +82,14 @@ class AdapterConfig:
 
     def digest(self, weights_digest: bytes) -> bytes:
         """Of the adapter with these weights, 32 bytes; `weights_digest`: SHA-256 of their file."""
-        fields = [self.rank, self.alpha, self.rank_pattern, self.alpha_pattern, self.rank_stabilised]
+        fields = [
+            self.rank,
+            self.alpha,
+            self.rank_pattern,
+            self.alpha_pattern,
+            self.rank_stabilised,
+            self.has_magnitudes,
+        ]
         return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
 
 
@@ -143,8 +152,6 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
         raise _wrong(where, fields, "peft_type", '"LORA"')
     if fields.get("bias", "none") != "none":
         raise _wrong(where, fields, "bias", '"none": trained biases are not supported')
-    if fields.get("use_dora"):
-        raise _wrong(where, fields, "use_dora", "false: DoRA is not supported")
     initialisation = fields.get("init_lora_weights", True)
     if initialisation not in INITIALISATIONS:
         raise _wrong(where, fields, "init_lora_weights", "one that leaves the model's weights alone")
@@ -164,6 +171,7 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
             for pattern, alpha in _patterns(where, fields, "alpha_pattern")
         ),
         rank_stabilised=bool(fields.get("use_rslora", False)),
+        has_magnitudes=bool(fields.get("use_dora", False)),
     )
 
 

@@ -1,6 +1,7 @@
 """An adapter on the host, in the layout of our weights: what it adds to each product of each layer.
 
-    y = W x + b (a x)        a [rank, inputs], b [outputs, rank]; the scaling is in b
+    y = W x + b (a x)                  a [rank, inputs], b [outputs, rank]; the scaling is in b
+    y = row_scale * (W x) + b (a x)    of DoRA, whose factors are in b too
 
 Query, key and value are parts of one product here, gate and up of another (models.layer_weights). Each part of a
 product's outputs has a pair of its own, or none; an adapter that was trained on a merged product has one `a` for all
@@ -24,10 +25,15 @@ class LowRank(NamedTuple):
 
     a: torch.Tensor  # [rank, inputs]
     b: torch.Tensor  # [outputs, rank], times the scaling
+    row_scale: torch.Tensor | None = None  # [outputs]: the model's own product is multiplied by it; None: by 1
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b) if self.row_scale is None else (self.a, self.b, self.row_scale)
 
 
 Parts: TypeAlias = "tuple[LowRank | None, ...]"
@@ -91,7 +97,7 @@ class Adapter:
 
     @property
     def size_bytes(self) -> int:
-        tensors = {id(tensor): tensor.nbytes for pair in self.pairs for tensor in pair}
+        tensors = {id(tensor): tensor.nbytes for pair in self.pairs for tensor in pair.tensors}
         return sum(tensors.values())
 
 

@@ -1,4 +1,4 @@
-"""Rows of the embedding and the head as a model's folder has them, to compare with copies that an adapter brings."""
+"""Rows of weights as a model's folder has them: for copies that an adapter brings, and for lengths of rows (DoRA)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def rows_of_folder(folder: Path, tied: bool) -> BaseRows:
     """Of the folder's weights; `tied`: the head reads the embedding."""
     checkpoint = Checkpoint.open(folder)
 
-    def rows(name: str, numbers: list[int]) -> torch.Tensor | None:
+    def rows(name: str, numbers: list[int] | None) -> torch.Tensor | None:
         stored = checkpoint.find(f"{EMBEDDING}.weight" if tied and name == f"{LM_HEAD}.weight" else name)
         if stored is None or not checkpoint.forms[stored.name].is_floating_point:
             return None
         with safe_open(folder / stored.file, framework="pt") as file:
             weight = file.get_slice(stored.name)
-            return torch.cat([weight[number : number + 1] for number in numbers])
+            return weight[:] if numbers is None else torch.cat([weight[number : number + 1] for number in numbers])
 
     return rows

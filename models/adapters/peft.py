@@ -30,15 +30,17 @@ FORMS = {  # what a tensor's name ends in: the side of the pair
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
     ".lora_embedding_B": "b",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
 }
 BASE_ROWS = 64
 """Of a copy of the model's embedding or head that an adapter holds, rows that are compared with the model's."""
 
-BaseRows = Callable[[str, list[int]], "torch.Tensor | None"]
-"""Rows of a weight of the model by its name in the checkpoint, [rows, hidden]; None: it is not known."""
+BaseRows = Callable[[str, "list[int] | None"], "torch.Tensor | None"]
+"""Rows of a weight of the model by its name in the checkpoint, [rows, inputs], or all; None: it is not known."""
 
 
-def unknown_rows(name: str, rows: list[int]) -> torch.Tensor | None:
+def unknown_rows(name: str, rows: list[int] | None) -> torch.Tensor | None:
     """Of a model whose weights are made up."""
     return None
 
@@ -49,7 +51,8 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     tensors, weights_digest = _read_tensors(weights_file(folder))
     places = adapted_modules(config)
     pairs = _pairs(tensors, places, base_rows)
-    return _assemble(config, adapter_config, places, pairs, adapter_config.digest(weights_digest))
+    assembler = _Assembler(config, adapter_config, places, base_rows)
+    return assembler.adapter(pairs, adapter_config.digest(weights_digest))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
@@ -90,7 +93,7 @@ def _pairs(
         pair = pairs.setdefault(module, {})
         if FORMS[ending] in pair:
             raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
-        pair[FORMS[ending]] = _checked(name, tensor)
+        pair[FORMS[ending]] = _checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
     if not pairs:
         raise AdapterError("the weights hold no pair of lora_A and lora_B")
     return pairs
@@ -98,8 +101,6 @@ def _pairs(
 
 def _kind(name: str) -> str:
     """What PEFT saves under such a name."""
-    if "lora_magnitude_vector" in name:
-        return "a magnitude of DoRA"
     if name.endswith(".lora_B.bias"):
         return "a bias of lora_B"
     if "trainable_tokens" in name:
@@ -109,10 +110,11 @@ def _kind(name: str) -> str:
     return "no part of a low-rank adapter"
 
 
-def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _checked(name: str, tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
     """Numbers that are not finite would spoil blocks that other sequences get later."""
-    if tensor.dtype not in DTYPES or tensor.dim() != 2:
-        raise AdapterError(f"tensor {excerpt(name)}: is {tensor.dtype} {list(tensor.shape)}, not a matrix of floats")
+    if tensor.dtype not in DTYPES or tensor.dim() != dimensions:
+        kind = "matrix" if dimensions == 2 else "vector"
+        raise AdapterError(f"tensor {excerpt(name)}: is {tensor.dtype} {list(tensor.shape)}, not a {kind} of floats")
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"tensor {excerpt(name)}: has numbers that are not finite")
     return tensor
@@ -130,49 +132,71 @@ def _check_base(name: str, module: str, tensor: torch.Tensor, places: Mapping[st
         raise AdapterError(f"tensor {excerpt(name)}: differs from the model's own, and cannot replace it")
 
 
-def _assemble(
-    config: ModelConfig,
-    adapter_config: AdapterConfig,
-    places: Mapping[str, Place],
-    pairs: Mapping[str, Mapping[str, torch.Tensor]],
-    digest: bytes,
-) -> Adapter:
-    layers: list[dict[str, Parts]] = [{} for _ in range(config.num_layers)]
-    embedding: LowRank | None = None
-    lm_head: Parts = ()
-    for module, pair in pairs.items():
-        place = places[module]
-        if isinstance(place, ProductPlace):
-            parts = list(layers[place.layer].get(place.product) or _no_parts(place.product))
-            shape, first = place.shape, place.first_part
-            parts[first : first + len(shape.outputs)] = _cut(_scaled(module, pair, shape, adapter_config), shape)
-            layers[place.layer][place.product] = tuple(parts)
-        elif module == LM_HEAD:
-            lm_head = (_scaled(module, pair, place, adapter_config),)
-        else:
-            embedding = _scaled(module, pair, ProductShape(place.num_outputs, (place.num_inputs,)), adapter_config)
-    return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
+class _Assembler:
+    """Puts the pairs of an adapter in their places, scaled."""
+
+    def __init__(
+        self, config: ModelConfig, adapter_config: AdapterConfig, places: Mapping[str, Place], base_rows: BaseRows
+    ) -> None:
+        self._config, self._adapter_config = config, adapter_config
+        self._places, self._base_rows = places, base_rows
+
+    def adapter(self, pairs: Mapping[str, Mapping[str, torch.Tensor]], digest: bytes) -> Adapter:
+        layers: list[dict[str, Parts]] = [{} for _ in range(self._config.num_layers)]
+        embedding: LowRank | None = None
+        lm_head: Parts = ()
+        for module, pair in pairs.items():
+            place = self._places[module]
+            if isinstance(place, ProductPlace):
+                parts = list(layers[place.layer].get(place.product) or _no_parts(place.product))
+                scaled = self._scaled(module, pair, place.shape, self._has_bias(place.product))
+                parts[place.first_part : place.first_part + len(place.shape.outputs)] = _cut(scaled, place.shape)
+                layers[place.layer][place.product] = tuple(parts)
+            elif module == LM_HEAD:
+                lm_head = (self._scaled(module, pair, place, has_bias=False),)
+            else:
+                embedding = self._scaled(module, pair, ProductShape(place.num_outputs, (place.num_inputs,)), True)
+        return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
+
+    def _has_bias(self, product: str) -> bool:
+        config = self._config
+        return {"qkv": config.qkv_bias, "o": config.o_bias}.get(product, config.mlp_bias)
+
+    def _scaled(self, module: str, pair: Mapping[str, torch.Tensor], shape: ProductShape, has_bias: bool) -> LowRank:
+        """The pair with the scaling in b, float32."""
+        for side, other in (("a", "lora_B"), ("b", "lora_A")):
+            if side not in pair:
+                raise AdapterError(f"module {module}: has a {other} without a lora_{side.upper()}")
+        a, b, rank = pair["a"], pair["b"], self._adapter_config.rank_of(module)
+        if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
+            raise AdapterError(
+                f"module {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)}, by the model and the "
+                f"configuration [{rank}, {shape.num_inputs}] and [{shape.num_outputs}, {rank}]"
+            )
+        scaled = LowRank(a, b.float() * self._adapter_config.scaling_of(module))
+        if ("magnitude" in pair) != self._adapter_config.has_magnitudes:
+            raise AdapterError(f"module {module}: has a magnitude, or has none, other than 'use_dora' says")
+        return self._with_magnitude(module, scaled, pair["magnitude"], has_bias) if "magnitude" in pair else scaled
+
+    def _with_magnitude(self, module: str, pair: LowRank, magnitude: torch.Tensor, has_bias: bool) -> LowRank:
+        """Each row of W + b a gets the length that the magnitude says; arXiv:2402.09353."""
+        if has_bias:
+            raise AdapterError(f"module {module}: DoRA of embeddings and of modules with biases is not supported")
+        weight = self._base_rows(f"{module}.weight", None)
+        if weight is None or magnitude.shape != pair.b.shape[:1]:
+            raise AdapterError(f"module {module}: DoRA needs the model's plain weight, with a magnitude for each row")
+        lengths = torch.linalg.vector_norm(weight.float() + pair.b @ pair.a.float(), dim=1)
+        row_scale = magnitude.float() / lengths
+        if not torch.isfinite(row_scale).all():
+            raise AdapterError(f"module {module}: a row of the changed weight is zero")
+        return LowRank(pair.a, pair.b * row_scale[:, None], row_scale)
 
 
 def _no_parts(product: str) -> list[LowRank | None]:
     return [None] * {"qkv": 3, "gate_up": 2}.get(product, 1)
 
 
-def _scaled(
-    module: str, pair: Mapping[str, torch.Tensor], shape: ProductShape, adapter_config: AdapterConfig
-) -> LowRank:
-    """The pair with the scaling in b, float32."""
-    for side, other in (("a", "lora_B"), ("b", "lora_A")):
-        if side not in pair:
-            raise AdapterError(f"module {module}: has a {other} without a lora_{side.upper()}")
-    a, b, rank = pair["a"], pair["b"], adapter_config.rank_of(module)
-    if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
-        raise AdapterError(
-            f"module {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)}, by the model and the configuration "
-            f"[{rank}, {shape.num_inputs}] and [{shape.num_outputs}, {rank}]"
-        )
-    return LowRank(a, b.float() * adapter_config.scaling_of(module))
-
-
 def _cut(pair: LowRank, shape: ProductShape) -> list[LowRank | None]:
-    return [LowRank(pair.a, rows) for rows in pair.b.split(list(shape.outputs))]
+    sizes = list(shape.outputs)
+    scales = [None] * len(sizes) if pair.row_scale is None else pair.row_scale.split(sizes)
+    return [LowRank(pair.a, rows, scale) for rows, scale in zip(pair.b.split(sizes), scales, strict=True)]

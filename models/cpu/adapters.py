@@ -1,6 +1,6 @@
 """Adapters on the CPU: the slots of a runner, and what they add to the products of some rows.
 
-    y[rows, outputs] += (x[rows] a^T) b^T
+    y[rows, outputs] = row_scale * y[rows, outputs] + (x[rows] a^T) b^T
 
 Rows without an adapter are computed as in a step without adapters, bit for bit: the product itself is of all rows.
 """
@@ -30,9 +30,12 @@ class PlacedPair(NamedTuple):
     a: torch.Tensor  # [rank, inputs]
     b: torch.Tensor  # [outputs, rank]
     first_output: int
+    row_scale: torch.Tensor | None  # [outputs]
 
     def add(self, rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         end = self.first_output + self.b.shape[0]
+        if self.row_scale is not None:
+            y[rows, self.first_output : end] *= self.row_scale
         y[rows, self.first_output : end] += (x[rows] @ self.a.t()) @ self.b.t()
 
 
@@ -97,7 +100,7 @@ class CpuAdapterSlots:
         cast: dict[int, torch.Tensor] = {}
         size_bytes = 0
         for pair in adapter.pairs:
-            for tensor in pair:
+            for tensor in pair.tensors:
                 if id(tensor) not in cast:
                     cast[id(tensor)] = self._cast(tensor)
                     size_bytes += cast[id(tensor)].nbytes
@@ -105,7 +108,15 @@ class CpuAdapterSlots:
         def placed(parts: Parts, outputs: Sequence[int]) -> tuple[PlacedPair, ...]:
             firsts = np.cumsum((0, *outputs)).tolist()
             pairs = [(part, first) for part, first in zip(parts, firsts, strict=False) if part is not None]
-            return tuple(PlacedPair(cast[id(part.a)], cast[id(part.b)], first) for part, first in pairs)
+            return tuple(
+                PlacedPair(
+                    cast[id(part.a)],
+                    cast[id(part.b)],
+                    first,
+                    None if part.row_scale is None else cast[id(part.row_scale)],
+                )
+                for part, first in pairs
+            )
 
         layers = tuple(
             {name: found for name, shape in shapes.items() if (found := placed(layer.product(name), shape.outputs))}

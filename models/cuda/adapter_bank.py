@@ -99,6 +99,8 @@ class BankSlots:
         """As AdapterSlots says."""
         if adapter.embedding is not None or adapter.lm_head:
             raise AdapterError("adapts the embedding or the head, which only a CPU computes with adapters")
+        if any(pair.row_scale is not None for pair in adapter.pairs):
+            raise AdapterError("has magnitudes (DoRA), which only a CPU computes with")
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))

@@ -36,7 +36,9 @@ def make_adapter(tmp_path: Path) -> Callable[..., MadeAdapter]:
         config = peft.LoraConfig(init_lora_weights=False, **({"r": 4, "lora_alpha": 6} | options))
         adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
         for parameter_name, parameter in adapted.named_parameters():
-            if "lora_" in parameter_name:
+            if "magnitude" in parameter_name:
+                parameter.data = parameter.data * (1 + torch.rand_like(parameter))
+            elif "lora_" in parameter_name:
                 parameter.data = torch.randn_like(parameter) * 0.15
         folder = tmp_path / "adapters" / name
         adapted.save_pretrained(folder)

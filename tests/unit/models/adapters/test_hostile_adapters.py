@@ -55,7 +55,7 @@ TENSORS = {
         pair(**{"base_model.model.lm_head.weight": torch.ones(1, 1)}),
         r"lm_head.weight: is a whole weight \(modules_to_save\)",
     ),
-    "magnitude": (pair(**{f"{QUERY}lora_magnitude_vector": torch.ones(1)}), "DoRA"),
+    "magnitude": (pair(**{f"{QUERY}lora_magnitude_vector": torch.ones(1)}), "has a magnitude, or has none"),
     "bias of b": (pair(**{f"{QUERY}lora_B.bias": torch.ones(1)}), "a bias of lora_B"),
     "trained rows": (
         pair(**{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1)}),
@@ -82,7 +82,6 @@ TENSORS = {
 FIELDS = {
     "another method": ({"peft_type": "IA3"}, "'peft_type' must be"),
     "biases": ({"bias": "all"}, "'bias' must be"),
-    "DoRA": ({"use_dora": True}, "'use_dora' must be false"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "'init_lora_weights' must be"),
     "transposed": ({"fan_in_fan_out": True}, "'fan_in_fan_out' is not supported"),
     "activated by tokens": ({"alora_invocation_tokens": [1]}, "'alora_invocation_tokens' is not supported"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baton.models.adapters.base_rows import rows_of_folder
 from baton.models.adapters.peft import read_adapter
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
@@ -33,6 +34,12 @@ ADAPTERS = {
     "embedding of a tied model, scaled": ("gemma", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}),
     "head behind a softcap": ("gemma2", {"tie_word_embeddings": False}, {"target_modules": ["lm_head", "q_proj"]}),
     "merged projections": ("phi3", {"pad_token_id": 0}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "magnitudes (DoRA)": ("llama", {}, {"target_modules": [*ATTENTION, "gate_proj", "lm_head"], "use_dora": True}),
+    "magnitudes of merged projections": (
+        "phi3",
+        {"pad_token_id": 0},
+        {"target_modules": ["qkv_proj"], "use_dora": True},
+    ),
     "attention beside experts": (
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -47,8 +54,9 @@ class Slots:
     def __init__(self, folder, adapters, sequences, num_sequences, **options):
         self.runner = ModelRunner.load(folder, max_loras=max(1, len(adapters)), max_lora_rank=16, **options)
         self.tables = sequences(self.runner, num_sequences, 128).tables
+        base_rows = rows_of_folder(folder, self.runner.config.tie_word_embeddings)
         for slot, adapter in enumerate(adapters):
-            read = read_adapter(adapter.folder, self.runner.config)
+            read = read_adapter(adapter.folder, self.runner.config, base_rows)
             assert self.runner.adapters.fill(slot, self.runner.adapters.prepare(read)).done
 
     def prompt_row(self, index, tokens, slot, first=0, draws=True):
