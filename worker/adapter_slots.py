@@ -25,6 +25,7 @@ class SlotTable:
 
     def __init__(self, num_slots: int) -> None:
         self._digests: dict[int, bytes | None] = dict.fromkeys(range(num_slots))  # least recently used first
+        self._slots: dict[bytes, int] = {}
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -35,7 +36,7 @@ class SlotTable:
         return tuple(digest for digest in reversed(self._digests.values()) if digest is not None)
 
     def slot_of(self, digest: bytes) -> int | None:
-        return next((slot for slot, each in self._digests.items() if each == digest), None)
+        return self._slots.get(digest)
 
     def use(self, slot: int) -> None:
         """It is the last used one now."""
@@ -51,5 +52,7 @@ class SlotTable:
         return found[0] if found else None
 
     def put(self, slot: int, digest: bytes) -> None:
-        del self._digests[slot]
+        if (before := self._digests.pop(slot)) is not None:
+            del self._slots[before]
         self._digests[slot] = digest
+        self._slots[digest] = slot

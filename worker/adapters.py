@@ -29,6 +29,8 @@ from baton.worker.sequence import Sequence
 
 MAX_OVERTAKES = 32
 """Sequences that take up an adapter of a slot while one waits for a slot of its own; then the slots drain for it."""
+MAX_LOOKED_AT = 256
+"""Of the sequences that wait, in one turn of the loop: a step must not wait for more."""
 FILL_POLL_S = 0.0005
 
 ReadAdapter = Callable[[Path], tuple[bytes, PreparedAdapter]]
@@ -142,20 +144,24 @@ class WorkerAdapters:
         if not waiting:
             return
         waiting.sort(key=lambda each: not _keeps(each))
+        del waiting[MAX_LOOKED_AT:]
         awaited = dict.fromkeys(each.adapter.digest for each in waiting if each.adapter is not None)
         self._awaited = set(islice(awaited, self._max_in_memory - len(self._slots)))
         starving: LegKey | None = None
+        full: dict[bool, bool] = {}
+        """Whether no slot was left, for sequences that keep blocks and for others."""
         for sequence in waiting:
             entry = self._entry_of(sequence)
             if entry is None or entry.prepared is None:
                 continue
             assert sequence.adapter is not None, "it awaits one"
-            slot = self._slots.slot_of(sequence.adapter.digest)
-            if slot is None:
+            slot, keeps = self._slots.slot_of(sequence.adapter.digest), _keeps(sequence)
+            if slot is None and not full.get(keeps):
                 slot = self._fill(sequence, entry, sequences.values(), named)
+                full[keeps] = slot is None
             if slot is None:
                 starving = starving or sequence.leg
-            elif starving is not None and not _keeps(sequence) and not self._may_overtake(starving):
+            elif starving is not None and not keeps and not self._may_overtake(starving):
                 continue
             elif entry.fill is not None and entry.fill.done:
                 sequence.adapter_slot = slot
@@ -165,9 +171,10 @@ class WorkerAdapters:
             self._waits_longest = None
 
     def _entry_of(self, sequence: Sequence) -> _Entry | None:
-        """Memory may have been too small for it since it was read."""
+        """Memory may have been too small for it so far."""
         assert sequence.adapter is not None, "it awaits one"
-        self.want(sequence.adapter)
+        if sequence.adapter.digest in self._awaited:
+            self.want(sequence.adapter)
         return self._entries.get(sequence.adapter.digest)
 
     def _fill(

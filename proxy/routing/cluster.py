@@ -66,6 +66,7 @@ class _Member:
     """Of the waiting ones that it reported: computed, or given up, since."""
     ended: int = 0
     """Of the requests that it reported: have ended since."""
+    places: AdapterPlaces = NO_ADAPTERS
     view: WorkerView | None = None
     """None where it must be made anew."""
 
@@ -158,7 +159,7 @@ class ModelWorkers:
             return f"there are {MAX_REVISIONS} revisions already"
         if identity not in self.members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
-            self.members[identity] = _Member(register, now, load, progress_at=now)
+            self.members[identity] = _Member(register, now, load, progress_at=now, places=_places(register, load))
         self._reshape(name)
         self._known[name].had_at[register.role] = now
         return ""
@@ -196,6 +197,7 @@ class ModelWorkers:
             self.mixed.progress(_progress(member, heartbeat, now), self._tokens_s)
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
         member.orphaned = heartbeat.orphaned
+        member.places = _places(member.register, heartbeat.load)
         member.silent_peers = heartbeat.silent_peers
         member.reported_at = now - heartbeat.load_age_s
         seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
@@ -216,7 +218,7 @@ class ModelWorkers:
         for identity, member in self.members.items():
             if not member.draining:
                 able = found.setdefault(member.register.role, [])
-                able += [identity] if _places(member).take(adapter) else []
+                able += [identity] if member.places.take(adapter) else []
         if not found:
             raise PeerLost("no worker has registered yet")
         for role, workers in found.items():
@@ -454,12 +456,13 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         max_num_seqs=member.register.max_num_seqs,
         tokens_s=_speed(load.prefill_tokens_s, tokens_s),
         grammar=member.register.grammar,
-        adapters=_places(member) if member.register.max_loras else NO_ADAPTERS,
+        adapters=member.places,
     )
 
 
-def _places(member: _Member) -> AdapterPlaces:
-    register, load = member.register, member.load
+def _places(register: Register, load: Load) -> AdapterPlaces:
+    if not register.max_loras:
+        return NO_ADAPTERS
     in_slots, in_memory = frozenset(load.adapters), frozenset(load.adapters_in_memory)
     return AdapterPlaces(register.max_loras, register.max_lora_rank, in_slots, in_memory)
 
