@@ -54,6 +54,8 @@ def check_adapters(config: ModelConfig, num_ranks: int, num_stages: int = 1) -> 
         raise SettingsError(f"--max-loras: the ranks of --tp {num_ranks} take no adapters")
     if num_stages > 1:
         raise SettingsError(f"--max-loras: the stages of --pp {num_stages} take no adapters")
+    if num_stages > 1:
+        raise SettingsError(f"--max-loras: the stages of --pp {num_stages} take no adapters")
 
 
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:

@@ -94,6 +94,8 @@ def load_model(
             f"--pp {settings.pp}: a {role} worker has one stage: each token of an answer would wait for all stages in "
             "turn, so only prefill workers have more; --tp shares out a decode worker"
         )
+    if settings.max_loras:
+        check_adapters(model_config(folder), settings.tp, settings.pp)
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:
@@ -101,11 +103,7 @@ def load_model(
     if settings.tp > 1:
         from baton.worker.build_ranks import load_ranks_on_cuda
 
-        if settings.max_loras:
-            check_adapters(model_config(folder), settings.tp)
         return load_ranks_on_cuda(settings, sizes, role, folder)
-    if settings.max_loras:
-        check_adapters(model_config(folder), settings.tp)
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder, draft)
