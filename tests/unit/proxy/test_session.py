@@ -15,6 +15,7 @@ from baton.kvtransfer.blocks.hashing import block_hashes, cache_salt, root_hash
 from baton.node.errors import DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
+    AdapterRef,
     Busy,
     Cancel,
     Cancelled,
@@ -33,6 +34,7 @@ from baton.node.messages.control import (
 from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route, WorkerView
@@ -139,10 +141,12 @@ def _session(
     timeline: Timeline | None = None,
     cache_salt: bytes = b"",
     sampling: SamplingSpec = SAMPLING,
+    generation: Generation | None = None,
 ) -> Session:
+    own = Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=sampling, cache_salt=cache_salt)
     return Session(
         host,
-        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=sampling, cache_salt=cache_salt),
+        generation or own,
         timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
         turn=0,
@@ -158,9 +162,12 @@ async def _run(
     timeline: Timeline | None = None,
     cache_salt: bytes = b"",
     sampling: SamplingSpec = SAMPLING,
+    generation: Generation | None = None,
 ) -> list[Delta]:
     deltas = []
-    async with aclosing(_session(host, timeout_s, max_attempts, timeline, cache_salt, sampling).run()) as run:
+    async with aclosing(
+        _session(host, timeout_s, max_attempts, timeline, cache_salt, sampling, generation).run()
+    ) as run:
         async for together in run:
             deltas += together
     assert not host.open_legs, "a leg is still counted"
@@ -195,6 +202,28 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
     assert host.sent_of(Cancel) == []  # both legs have ended by themselves
     assert host.first_tokens == ["p0"]  # reported once, of the worker that computed the prompt
+
+
+async def test_an_attempt_has_the_adapter_of_the_one_before() -> None:
+    """Guards against an answer that goes on with another adapter, and against blocks that two adapters share."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve) and message.attempt == 0:
+            return [_tokens(0, 10, 11), WorkerLost("d0", "killed")]
+        return [_tokens(2, 12, attempt=1, finish="stop")] if isinstance(message, Reserve) else []
+
+    adapter = RequestAdapter(AdapterRef(b"a" * 32, "/a"), 8, 1)
+    bodies = {}
+    for given in (adapter, None):
+        host = ScriptedHost(script)
+        generation = Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=SAMPLING, adapter=given)
+        assert _ids(await _run(host, generation=generation)) == [10, 11, 12]
+        assert {view.adapter for view in host.admitted} == {given}
+        bodies[given] = [message.body for message in (*host.sent_of(Reserve), *host.sent_of(Prefill))]
+        assert {body.adapter for body in bodies[given]} == {given and given.ref}
+    assert {body.root for body in bodies[adapter]} == {root_hash(b"n" * 32, lora=b"a" * 32)}
+    names = [{name for body in each for name in body.block_hashes} for each in bodies.values()]
+    assert names[0] and names[0].isdisjoint(names[1])
 
 
 async def test_a_lost_decode_worker_in_mid_stream() -> None:

@@ -8,8 +8,12 @@ import torch
 from baton.models.adapters.base_rows import rows_of_folder
 from baton.models.adapters.peft import read_adapter
 from baton.models.batch import Draw, Row
+from baton.models.check import check_adapters
+from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
+from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
+from baton.tests.unit.models.conftest import LATENT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
@@ -140,6 +144,32 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_adapter(make_model, make
         expected = theirs[range(len(prompt) - 1), prompt[1:]]
         ours = torch.tensor([entry.logprob for entry in launched.prompt_logprobs[number]])
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, prompt):
+    """What an adapter adds is not quantised: the answer is as far from the exact one as the model's own."""
+    made = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    adapter = make_adapter(made.reference, target_modules=ALL)
+    logits = {}
+    for slot in (0, None):
+        slots = Slots(made.folder, [adapter], sequences, 1, quantization="int8")
+        logits[slot] = slots.greedy(0, prompt, 1, slot)[1]
+    exact = {slot: logits_of(model, [*prompt, 0], 1) for slot, model in ((0, adapter.model), (None, made.reference))}
+    error = {slot: float((logits[slot] - exact[slot]).norm() / exact[slot].norm()) for slot in exact}
+    assert 0 < error[None] < 0.1 and error[0] < 2 * error[None], error
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "num_ranks", "expected"),
+    [
+        ("deepseek_v3", LATENT, 1, "latent attention, which takes no adapters"),
+        ("llama", {}, 2, "the ranks of --tp 2 take no adapters"),
+    ],
+)
+def test_models_that_take_no_adapters_say_so(make_model, family, variant, num_ranks, expected):
+    config = ModelConfig.from_folder(make_model(family, **variant).folder)
+    with pytest.raises(SettingsError, match=expected):
+        check_adapters(config, num_ranks)
 
 
 def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):

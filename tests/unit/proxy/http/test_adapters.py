@@ -144,8 +144,12 @@ def test_many_adapters_share_a_label() -> None:
     assert sum(each.value for each in begun.samples) == sum(range(MAX_SHOWN + 3))
 
 
-async def test_nothing_is_loaded_without_a_root(engine: FakeEngine, text: ModelText) -> None:
-    transport = httpx.ASGITransport(create_app(engine, {"demo": text}, AppSettings()), raise_app_exceptions=False)
+@pytest.mark.parametrize(
+    "fixed", [AppSettings(), AppSettings(adapter_root=DEMO, is_alone=False)], ids=["no root", "several proxies"]
+)
+async def test_adapters_may_be_fixed_at_the_start(engine: FakeEngine, text: ModelText, fixed: AppSettings) -> None:
+    """A proxy that others share a port with would be the only one that knows a name."""
+    transport = httpx.ASGITransport(create_app(engine, {"demo": text}, fixed), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
         answer = await client.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapters_fixed")
