@@ -25,8 +25,7 @@ def load_part(
     max_loras: int = 0,
     max_lora_rank: int = 0,
 ) -> ModelRunner:
-    """SettingsError for what cannot be run. eagle and what follows: see ModelRunner.load; for a worker of one process.
-    """
+    """SettingsError for what cannot be run. From eagle on see ModelRunner.load; for a worker of one process."""
     return ModelRunner.load(
         Path(part.folder),
         dtype=part.dtype,
