@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from baton.kernels.clamped_gate import ClampedGate
 from baton.kernels.triton.expert_gate import expert_gate
 from baton.kernels.triton.launch import launch_options, require
-from baton.kernels.triton.linear import prefetch
+from baton.kernels.triton.linear import prefetch, row_product
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.route import Routes
 
@@ -79,7 +79,7 @@ def _experts_row_kernel(
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GATHERED: tl.constexpr, BIASED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: a tile has one row. One block of W is always on its way."""
+    """One token: a tile has one row."""
     tile = tl.program_id(1)
     n, column = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     if PDL and GATHERED:
@@ -92,32 +92,18 @@ def _experts_row_kernel(
     first_row = tl.load(experts_ptr + tile).to(tl.int64) * ROWS
     place = weight_ptr + (first_row + n)[:, None] * K + column[None, :]
     weight = tl.load(place, eviction_policy="evict_first")
-    total = tl.zeros([TILE_N, TILE_K], tl.float32)
-    if FUSED:
-        up_place = place + N * K
-        up_weight = tl.load(up_place, eviction_policy="evict_first")
-        up = tl.zeros([TILE_N, TILE_K], tl.float32)
+    up_place = place + N * K if FUSED else place
+    up_weight = tl.load(up_place, eviction_policy="evict_first") if FUSED else weight
     if PDL and not GATHERED:
         gdc_wait()
     x_row = x_ptr if GATHERED else x_ptr + tile * K
-    for k in tl.range(0, K, TILE_K, num_stages=1, loop_unroll_factor=2):
-        following = tl.where(k + TILE_K < K, k + TILE_K, 0)
-        used = weight.to(tl.float32)
-        weight = tl.load(place + following, eviction_policy="evict_first")
-        x = tl.load(x_row + k + column).to(tl.float32)
-        total += used * x[None, :]
-        if FUSED:
-            used = up_weight.to(tl.float32)
-            up_weight = tl.load(up_place + following, eviction_policy="evict_first")
-            up += used * x[None, :]
-    result = tl.sum(total, 1)
+    result, up = row_product(x_row, place, up_place, weight, up_weight, K, TILE_K, FUSED)
     if BIASED:
         result += tl.load(bias_ptr + first_row + n).to(tl.float32)
     if FUSED:
-        up_result = tl.sum(up, 1)
         if BIASED:
-            up_result += tl.load(bias_ptr + first_row + N + n).to(tl.float32)
-        result = expert_gate(result, up_result, LIMIT, ALPHA)
+            up += tl.load(bias_ptr + first_row + N + n).to(tl.float32)
+        result = expert_gate(result, up, LIMIT, ALPHA)
     tl.store(out_ptr + tile.to(tl.int64) * N + n, result.to(out_ptr.dtype.element_ty))
 
 

@@ -22,12 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from baton.kernels.triton.launch import require
-from baton.kernels.triton.product_gluon import descriptor, place, silu
+from baton.kernels.triton.product_gluon import descriptor, place, silu, sum_of_ring
 from baton.kernels.triton.route import Routes
 
 STEP = 64  # columns of K a stage: one swizzle of 128 bytes
@@ -84,17 +82,9 @@ def _consumer(
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
         sums = gl.zeros([64, 2 * HALF], gl.float32, layout=SUMS)
-        for k in range(0, k_size, STEP):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            flying = warpgroup_mma(
-                x_tiles.index(stage * CONSUMERS + GROUP), weight_tiles.index(stage).permute((1, 0)), sums, is_async=True
-            )
-            sums = warpgroup_mma_wait(1, deps=[flying])
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            step += 1
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        sums, step = sum_of_ring(
+            sums, step, x_tiles, weight_tiles, full, empty, k_size, STEP, STAGES, CONSUMERS, GROUP
+        )  # fmt: skip
         left, right = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
         left = gl.convert_layout(left, HALVES, assert_trivial=True)
         right = gl.convert_layout(right, HALVES, assert_trivial=True)

@@ -93,6 +93,27 @@ def _linear_rows_kernel(
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(m < num_rows)[None, :])
 
 
+@triton.jit
+def row_product(x_ptr, place, up_place, weight, up_weight, K: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr):
+    """Of one row x [K] with the rows of W whose columns `place` points to, and with those of `up_place`; [TILE_N] each.
+    weight and up_weight: their first blocks. One block is always on its way: the next is asked for before the last is
+    used. Without FUSED the second is without meaning."""
+    column = tl.arange(0, TILE_K)
+    total = tl.zeros(weight.shape, tl.float32)
+    up = tl.zeros(weight.shape, tl.float32)
+    for k in tl.range(0, K, TILE_K, num_stages=1, loop_unroll_factor=2):
+        following = tl.where(k + TILE_K < K, k + TILE_K, 0)
+        used = weight.to(tl.float32)
+        weight = tl.load(place + following, eviction_policy="evict_first")
+        x = tl.load(x_ptr + k + column).to(tl.float32)
+        total += used * x[None, :]
+        if FUSED:
+            used = up_weight.to(tl.float32)
+            up_weight = tl.load(up_place + following, eviction_policy="evict_first")
+            up += used * x[None, :]
+    return tl.sum(total, 1), tl.sum(up, 1)
+
+
 @triton.jit(do_not_specialize=["site", "b_offset"])
 def _linear_row_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, hidden_ptr, numbers_ptr, ranks_ptr, adapters_ptr, site, b_offset,
@@ -101,16 +122,12 @@ def _linear_row_kernel(
     PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block of W is always on its way: the next is asked for before the last is used."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     column = tl.arange(0, TILE_K)
     place = weight_ptr + n[:, None].to(tl.int64) * K + column[None, :]
     weight = tl.load(place, eviction_policy="evict_first")
-    total = tl.zeros([TILE_N, TILE_K], tl.float32)
-    if FUSED:
-        up_place = place + N * K
-        up_weight = tl.load(up_place, eviction_policy="evict_first")
-        up = tl.zeros([TILE_N, TILE_K], tl.float32)
+    up_place = place + N * K if FUSED else place
+    up_weight = tl.load(up_place, eviction_policy="evict_first") if FUSED else weight
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -125,21 +142,10 @@ def _linear_row_kernel(
             up_added = row_low_rank(
                 hidden, numbers_ptr, ranks_ptr, slot, N + n, site, b_offset, SLOT_SIZE, SITES, MAX_RANK
             )
-    for k in tl.range(0, K, TILE_K, num_stages=1, loop_unroll_factor=2):
-        following = tl.where(k + TILE_K < K, k + TILE_K, 0)
-        used = weight.to(tl.float32)
-        weight = tl.load(place + following, eviction_policy="evict_first")
-        x = tl.load(x_ptr + k + column).to(tl.float32)
-        total += used * x[None, :]
-        if FUSED:
-            used = up_weight.to(tl.float32)
-            up_weight = tl.load(up_place + following, eviction_policy="evict_first")
-            up += used * x[None, :]
-    result = tl.sum(total, 1)
+    result, other = row_product(x_ptr, place, up_place, weight, up_weight, K, TILE_K, FUSED)
     if ADDED:
         result += added
     if FUSED:
-        other = tl.sum(up, 1)
         if ADDED:
             other += up_added
         result = activated(result, GELU) * other

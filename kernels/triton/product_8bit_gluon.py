@@ -20,14 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.triton.launch import require
 from baton.kernels.triton.linear_8bit_policy import BLOCK, MANY_STAGES, fit_many_rows
-from baton.kernels.triton.product_gluon import place, silu
+from baton.kernels.triton.product_gluon import place, silu, sum_of_ring
 from baton.kernels.triton.quantise import CodedRows
 
 STEP = BLOCK  # columns of K a stage: one swizzle of 128 bytes
@@ -92,17 +90,9 @@ def _consumer(
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
         row, column = tile_m * (64 * CONSUMERS) + 64 * GROUP, tile_n * TILE_N
         sums = gl.zeros([64, 2 * HALF], gl.int32, layout=SUMS)
-        for k in range(0, k_size, STEP):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            flying = warpgroup_mma(
-                x_tiles.index(stage * CONSUMERS + GROUP), code_tiles.index(stage).permute((1, 0)), sums, is_async=True
-            )
-            sums = warpgroup_mma_wait(1, deps=[flying])
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            step += 1
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        sums, step = sum_of_ring(
+            sums, step, x_tiles, code_tiles, full, empty, k_size, STEP, STAGES, CONSUMERS, GROUP
+        )  # fmt: skip
         left, right = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
         left = gl.convert_layout(left, SUMS, assert_trivial=True)
         right = gl.convert_layout(right, SUMS, assert_trivial=True)

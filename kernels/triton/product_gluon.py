@@ -48,6 +48,27 @@ def place(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def sum_of_ring(
+    sums, step, x_tiles, weight_tiles, full, empty, k_size, STEP: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """sums plus the product of one tile, whose stages come through the ring from number `step` on, and the number
+    behind them. A stage is free again when the product after it is issued."""
+    for k in range(0, k_size, STEP):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        flying = warpgroup_mma(
+            x_tiles.index(stage * CONSUMERS + GROUP), weight_tiles.index(stage).permute((1, 0)), sums, is_async=True
+        )
+        sums = warpgroup_mma_wait(1, deps=[flying])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        step += 1
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    return sums, step
+
+
+@gluon.jit
 def _producer(
     x_desc, weight_desc, x_tiles, weight_tiles, full, empty, tiles_m, tiles_n, n, k_size, HALF: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, GROUP_M: gl.constexpr,
@@ -99,17 +120,9 @@ def _consumer(
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
         sums = gl.zeros([64, 2 * HALF], gl.float32, layout=SUMS)
-        for k in range(0, k_size, STEP):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            flying = warpgroup_mma(
-                x_tiles.index(stage * CONSUMERS + GROUP), weight_tiles.index(stage).permute((1, 0)), sums, is_async=True
-            )
-            sums = warpgroup_mma_wait(1, deps=[flying])
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            step += 1
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        sums, step = sum_of_ring(
+            sums, step, x_tiles, weight_tiles, full, empty, k_size, STEP, STAGES, CONSUMERS, GROUP
+        )  # fmt: skip
         gate, up = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
         gate = gl.convert_layout(gate, HALVES, assert_trivial=True)
         up = gl.convert_layout(up, HALVES, assert_trivial=True)
