@@ -308,8 +308,10 @@ class CudaRunner:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
         result = self._results[-1]
         self._launch_chunks(rows, result, 0, Draws(self.queue, deferred=False))
+        count, found = sum(row.draw is not None for row in rows), list[torch.Tensor]()
+        self.queue.enqueue(lambda: found.append(self._whole(self._decoder.last_logits(count))))
         self.queue.mark().wait()
-        return self._whole(self._decoder.last_logits(sum(row.draw is not None for row in rows)))
+        return found[0]
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Of all tokens, [rows, vocab]; where ranks share them all ranks call this."""
