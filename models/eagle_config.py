@@ -20,6 +20,7 @@ from baton.node.model_folder import MAX_VOCAB_SIZE
 
 EAGLE = "eagle:"
 """Before the folder of a draft, in the setting that names it."""
+NO_STATIC_SCALES = "--kv-dtype fp8_static with --speculate eagle: a draft has no scales; use fp8"
 NESTED = "transformer_layer_config"
 UNSUPPORTED_FLAGS = ("attention_bias", "mlp_bias", "norm_before_fc", "fc_norm", "norm_output", "use_qk_norm")
 

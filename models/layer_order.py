@@ -5,7 +5,7 @@ What an operation reads and writes is the device's part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,6 +18,14 @@ X = TypeVar("X")
 """Rows [N, hidden] as a device hands them to a product: plain or, where the product wants them so, quantised."""
 A = TypeVar("A")
 """What a part of a layer adds to the residual, as a device has it: [N, hidden], or parts still to be summed."""
+
+
+Tap = Callable[[int, torch.Tensor], None]
+"""tap(layer, residual [N, hidden] before it): called while a step runs, which changes the residual afterwards."""
+
+
+def no_tap(layer: int, residual: torch.Tensor) -> None:
+    """Nothing looks at hidden states."""
 
 
 class LayerOps(Protocol[X, A]):

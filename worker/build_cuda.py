@@ -23,6 +23,8 @@ from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
+from baton.models.eagle_config import NO_STATIC_SCALES, read_eagle
+from baton.models.eagle_weights import load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_scales import kv_format_of
 from baton.models.weights import load_weights
@@ -52,8 +54,6 @@ def load_on_cuda(
     settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path, draft: Path | None = None
 ) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
-    if draft is not None:
-        raise SettingsError("--speculate eagle: drafts of a model run on CPUs only so far; add --device cpu")
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
     index = settings.gpu
     if index >= torch.cuda.device_count():
@@ -64,9 +64,9 @@ def load_on_cuda(
     config = config.up_to(longest)
     try:
         load = _load_fallback if config.through else _load
-        runner, weights_bytes = load(settings, sizes, folder, config, longest)
+        runner, weights_bytes = load(settings, sizes, folder, config, longest, draft)
         config = runner.config
-        layout = layout_of(config, runner.kv_format, sizes.block_tokens)
+        layout = layout_of(config, runner.kv_format, sizes.block_tokens, has_draft=draft is not None)
         padding = unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes)
         layout = replace(layout, padding_bytes=padding)
         pool = DevicePool(layout, _pool_blocks(settings, sizes, layout, weights_bytes), index)
@@ -104,10 +104,13 @@ def load_on_cuda(
 
 
 def _load(
-    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int
+    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int, draft: Path | None
 ) -> tuple[CudaRunner, int]:
-    """And the bytes of its weights."""
+    """And the bytes of its weights, and of its draft's."""
     began_at = time.monotonic()
+    eagle_config = None if draft is None else read_eagle(draft, config)
+    if draft is not None and settings.kv_dtype == "fp8_static":
+        raise SettingsError(NO_STATIC_SCALES)
     weights = load_weights(
         config,
         folder,
@@ -138,18 +141,26 @@ def _load(
         max_rank=settings.max_lora_rank,
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
-    runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
-    return runner, sum(sizes_bytes.values())
+    eagle, draft_bytes = None, 0
+    if draft is not None and eagle_config is not None:
+        draft_weights = load_eagle(eagle_config, draft, weights, settings.load_format, pack=False)
+        torch.cuda.empty_cache()
+        eagle, draft_bytes = (eagle_config, draft_weights), draft_weights.size_bytes
+        log_event(logger, "draft_loaded", draft=draft.name, weights_gib=round(draft_bytes / GIB, 3))
+    runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format, eagle=eagle)
+    return runner, sum(sizes_bytes.values()) + draft_bytes
 
 
 def _load_fallback(
-    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int
+    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int, draft: Path | None
 ) -> tuple[CudaRunner, int]:
     """As `_load`, of a model that runs through transformers."""
     if settings.deterministic:
         raise SettingsError(f"--deterministic: {config.architecture} runs through transformers, whose sums vary")
     if settings.most_drafts:
         raise SettingsError(f"--speculate: {config.architecture} runs through transformers, which verifies no drafts")
+    if draft is not None:
+        read_eagle(draft, config)  # which says why not
     recipe_for(settings.quantization, config)
     # The library is large, and optional: it is imported where a model needs it.
     from baton.models.fallback.device_loader import load_on_device

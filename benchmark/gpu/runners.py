@@ -125,10 +125,12 @@ class RandomKv(NamedTuple):
         return self.layout.layer_bytes / (2 * self.layout.block_tokens)
 
 
-def random_pool(config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN, device: str = "cuda:0") -> RandomKv:
-    """kv_dtype: of KV_FORMATS."""
+def random_pool(
+    config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN, device: str = "cuda:0", *, has_draft: bool = False
+) -> RandomKv:
+    """kv_dtype: of KV_FORMATS. has_draft: the KV of a draft is one more layer."""
     form = kv_format_of("auto" if kv_dtype == PLAIN else kv_dtype, config, SHAPES, torch.bfloat16, "dummy")
-    layout = layout_of(config, form, BLOCK_TOKENS)
+    layout = layout_of(config, form, BLOCK_TOKENS, has_draft=has_draft)
     layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
     memory = torch.empty(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
     some = torch.empty(min(256, num_blocks), layout.block_bytes, dtype=torch.uint8, device=device)

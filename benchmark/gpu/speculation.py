@@ -19,6 +19,7 @@ from itertools import islice
 import torch
 
 from baton.benchmark.gpu.decode import blocks_for
+from baton.benchmark.gpu.eagle import measure_eagle
 from baton.benchmark.gpu.runners import load_shape, make_runner, random_pool
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
@@ -247,8 +248,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=384, help="tokens after each context")
     parser.add_argument("--cells", help="only these, comma separated, as KIND:ROWSxDRAFTS")
     parser.add_argument("--fast", action="store_true", help="also time kernels whose result depends on the batch")
+    parser.add_argument("--speculate", choices=("ngram", "eagle"), default="ngram", help="what proposes drafts")
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
+    if options.speculate == "eagle":
+        measure_eagle(lines, options.shape, options.count)
+        return 0
     known = {f"{kind}:{rows}x{drafts}": (kind, rows, drafts) for kind, rows, drafts in CELLS}
     if options.cells and (strange := set(options.cells.split(",")) - set(known)):
         parser.error(f"--cells {', '.join(sorted(strange))}: must be of {', '.join(known)}")

@@ -21,7 +21,7 @@ from baton.models.cpu.latent import absorbed, raised
 from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
-from baton.models.layer_order import run_layers
+from baton.models.layer_order import Tap, no_tap, run_layers
 from baton.models.layer_weights import (
     AttentionWeights,
     DenseMlpWeights,
@@ -38,12 +38,6 @@ from baton.models.rope_config import RopeConfig
 Activation = Callable[[torch.Tensor], torch.Tensor]
 ACTIVATIONS = {SILU: kernels.silu_and_mul, GELU_TANH: kernels.gelu_tanh_and_mul}
 """Of an MLP's gate."""
-Tap = Callable[[int, torch.Tensor], None]
-"""tap(layer, residual [N, hidden] before it); the residual changes afterwards."""
-
-
-def no_tap(layer: int, residual: torch.Tensor) -> None:
-    """Nothing looks at hidden states."""
 
 
 class Decoder(Protocol):

@@ -24,7 +24,7 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.adapters import NO_ADAPTERS, CpuAdapterSlots, RowAdapters
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.cut_vocabulary import CutVocabulary
-from baton.models.cpu.decoder import Decoder, DenseDecoder, no_tap
+from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.eagle import EagleDrafts
 from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.prompt_scores import score_prompts
@@ -32,11 +32,12 @@ from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.cpu.verify import Verified
 from baton.models.drafts import Drafter, NgramDrafter
-from baton.models.eagle_config import read_eagle
+from baton.models.eagle_config import NO_STATIC_SCALES, read_eagle
 from baton.models.eagle_weights import attention_of, load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
+from baton.models.layer_order import no_tap
 from baton.models.partition import ONLY_STAGE, Stage, check_partition, check_stages
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
@@ -139,7 +140,7 @@ class ModelRunner:
             )
             if eagle is not None and eagle_config is not None:
                 if kv_dtype == "fp8_static":
-                    raise SettingsError("--kv-dtype fp8_static with --speculate eagle: a draft has no scales; use fp8")
+                    raise SettingsError(NO_STATIC_SCALES)
                 draft_weights = load_eagle(eagle_config, eagle, weights, load_format, pack=True)
                 drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
             decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap, stage)

@@ -34,7 +34,7 @@ from baton.models.cuda.experts import ExpertBlocks, plan_experts
 from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
-from baton.models.layer_order import run_layers
+from baton.models.layer_order import Tap, no_tap, run_layers
 from baton.models.layer_weights import (
     AttentionWeights,
     DenseMlpWeights,
@@ -123,13 +123,15 @@ class DeviceDecoder:
         max_len: int,
         sums: RankInbox | None = None,
         adapters: AdapterSteps | None = None,
+        tap: Tap = no_tap,
     ) -> None:
         """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len.
 
         sums: the weights are a rank's, config its part_of the model's, and what layers add is exchanged here.
-        adapters: of a decoder whose steps may have rows with adapters.
+        adapters: of a decoder whose steps may have rows with adapters. tap: called in each layer of a step.
         """
         self._config, self._weights, self._sums, self._adapters = config, weights, sums, adapters
+        self._tap = tap
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         mlps = [layer.shape.mlp for layer in weights.layers]
         mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
@@ -139,7 +141,7 @@ class DeviceDecoder:
         self._latent = LatentLayers(weights, self._products, max_tokens, max_drawn) if config.latent else None
         self._experts = plan_experts(weights, self._products, policy, max_tokens)
         ropes = {layer.shape.attention.rope for layer in weights.layers}
-        tables = {rope: _rope_tables(rope, max_len, device) for rope in ropes}
+        tables = {rope: rope_tables(rope, max_len, device) for rope in ropes}
         self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]
         self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._norms = [
@@ -242,6 +244,7 @@ class DeviceDecoder:
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
             norms, pool, rope = self._norms[index], self._bound(), self._ropes[index]
+            self._tap(index, residual)
             if self._latent is not None:
                 places = step.positions, step.kv_slots
                 self._latent.write(index, qkv, *places, rope, pool, query, pdl=step.pdl)
@@ -421,7 +424,7 @@ def dense_part(mlp: Mlp) -> DenseMlpWeights | None:
     return mlp if isinstance(mlp, DenseMlpWeights) else mlp.shared
 
 
-def _rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:
+def rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:
     """float32 [max_len, rotary_dim / 2]."""
     angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope)
     factor = rope.attention_factor

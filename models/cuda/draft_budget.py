@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,9 @@ PROBE_EVERY = 32
 """Steps with drafts for which there was no place, until one gets some all the same."""
 DECAY, RATIO_DECAY = 0.95, 0.9
 PRIOR_WEIGHT = 4.0
+CHAIN_STEPS, CHAIN_EVERY = 4, 128
+"""Where drafts of a model do not pay they are proposed all the same in so many steps of so many: their worth may have
+changed."""
 FIRST_WINDOW, FIRST_TRUST, TRUST_DECAY = 2, 0.25, 0.5
 """Places that a sequence begins with, and the part of its steps with drafts that are taken to accept one."""
 
@@ -37,6 +40,8 @@ class BudgetChoice:
     """Drafts accepted, by what was known."""
     slots: tuple[int, ...]
     """Of its rows."""
+    proposes: bool = True
+    """A model proposes drafts for the next step."""
 
 
 @dataclass(slots=True)
@@ -49,17 +54,25 @@ class SlotDrafting:
     """Of them, those that places are meant for."""
     trust: float = FIRST_TRUST
     """The part of its last steps with drafts that accepted some, the latest counting most."""
+    by_model: bool = False
+    """A model proposes always as many, each time anew: neither window nor trust say what the next are worth."""
+
+    @classmethod
+    def of_model(cls, most: int) -> SlotDrafting:
+        return cls(window=most, trust=1.0, by_model=True)
 
     @property
     def coming(self) -> int:
         """Drafts of the step after the one in flight, as far as places are meant for them. A match that goes on has
         become longer by what that step accepts, and has two drafts more for each."""
-        if self.trust < 0.5:
+        if self.trust < 0.5 or self.by_model:
             return min(self.number, self.window)
         return min(self.number + 2 * (1 + min(self.number, self.window)), 2 * self.window)
 
     def verified(self, num_verified: int, num_accepted: int, most: int) -> None:
         """most: that a sequence ever has."""
+        if self.by_model:
+            return
         self.trust = TRUST_DECAY * self.trust + (1 - TRUST_DECAY) * (num_accepted > 0)
         if num_accepted < num_verified:
             self.window = max(1, min(self.window, num_accepted + 1))
@@ -70,8 +83,11 @@ class SlotDrafting:
 class DraftBudget:
     """`sizes`: tokens of the steps that there are graphs for, smallest first."""
 
-    def __init__(self, sizes: Sequence[int], most_drafts: int) -> None:
-        self._sizes = tuple(sizes)
+    def __init__(self, sizes: Sequence[int], most_drafts: int, *, by_model: bool = False) -> None:
+        """by_model: a model proposes, which takes time of its own."""
+        self._sizes, self._by_model = tuple(sizes), by_model
+        self._chain_s: dict[int, float] = {}
+        self._pays, self._step = True, 0
         self._most = most_drafts
         self._base_s: dict[int, float] = {}
         self._ratios: dict[int, float] = {}  # of seconds measured in a step to those at the start
@@ -90,13 +106,26 @@ class DraftBudget:
         self._ratios.clear()
         self._ratio = 1.0
 
+    def measured_chain(self, rows: int, seconds: float) -> None:
+        """A model took so long to propose drafts for so many rows."""
+        self._chain_s[rows] = seconds
+
     def begin(self, slot: int) -> None:
         """The slot has another sequence."""
         self._slots.pop(slot, None)
 
     def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
         """For rows given as slot, and drafts that it may have."""
-        given = list(rows)
+        choice = self._choose(list(rows))
+        self._step += 1
+        return choice if self._pays or self._is_probing or not self._by_model else replace(choice, proposes=False)
+
+    @property
+    def _is_probing(self) -> bool:
+        """Drafts of a model are proposed, and some verified, whatever is known of them."""
+        return self._step % CHAIN_EVERY < CHAIN_STEPS
+
+    def _choose(self, given: Sequence[tuple[int, int]]) -> BudgetChoice:
         count, slots = len(given), tuple(slot for slot, _ in given)
         known = [(self._slots[slot], most) for slot, most in given if slot in self._slots]
         wanted = [(each, min(each.coming, most)) for each, most in known if min(each.number, most)]
@@ -111,20 +140,25 @@ class DraftBudget:
             return float(gained[min(tokens - count, len(worth))])
 
         def value(tokens: int) -> float:
-            return (count + expected(tokens)) / self._seconds(tokens)
+            chain_s = self._chain_of(count) if tokens > least else 0.0
+            return (count + expected(tokens)) / (self._seconds(tokens) + chain_s)
 
         most = bisect_left(self._sizes, min(count + len(worth), self._sizes[-1]))
         larger = [size for size in self._sizes[: most + 1] if size > least]
         best = max((least, *larger), key=value)
         if best != least and value(best) < (1 + LEAST_GAIN) * value(least):
             best = least
+        self._pays = best != least
         if best == least and larger:
             self._num_unserved += 1
-            if self._num_unserved >= PROBE_EVERY:
+            if self._num_unserved >= PROBE_EVERY or (self._by_model and self._is_probing):
                 best = larger[0]
         if best != least:
             self._num_unserved = 0
         return BudgetChoice(best, expected(best), slots)
+
+    def _chain_of(self, rows: int) -> float:
+        return next((seconds for size, seconds in sorted(self._chain_s.items()) if size >= rows), 0.0)
 
     def _seconds(self, tokens: int) -> float:
         return self._base_s.get(tokens, 1.0) * self._ratios.get(tokens, self._ratio)
@@ -134,7 +168,7 @@ class DraftBudget:
         what it took, of a step without parts of prompts."""
         num_accepted = 0
         for slot, (num_drawn, num_verified, num_next) in zip(choice.slots, results, strict=True):
-            drafting = self._slots.setdefault(slot, SlotDrafting())
+            drafting = self._slots.setdefault(slot, self._new_slot())
             if num_verified:
                 num_accepted += num_drawn - 1
                 self._learn(drafting.number, num_verified, num_drawn - 1)
@@ -144,9 +178,13 @@ class DraftBudget:
             self._foreseen = DECAY * self._foreseen + choice.expected
             self._came = DECAY * self._came + num_accepted
         if busy_s and (base_s := self._base_s.get(choice.tokens)):
-            ratio = busy_s / base_s
+            chain_s = self._chain_of(len(choice.slots)) if choice.proposes else 0.0
+            ratio = max(busy_s - chain_s, base_s / 2) / base_s
             before = self._ratios.get(choice.tokens, ratio)
             self._ratio = self._ratios[choice.tokens] = RATIO_DECAY * before + (1 - RATIO_DECAY) * ratio
+
+    def _new_slot(self) -> SlotDrafting:
+        return SlotDrafting.of_model(self._most) if self._by_model else SlotDrafting()
 
     def _learn(self, number: int, verified: int, accepted: int) -> None:
         """Of a row with `number` drafts."""

@@ -9,6 +9,8 @@ The last two only launch kernels on fixed memory. The host learns a step later h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -36,12 +38,14 @@ class DraftSlots:
         room = max_len + most_drafts + 1
         before = MAX_PREDICTION_TOKENS + MOST_ANSWER_TOKENS
         self.kept = SlotDrafts.make(num_slots + 1, most_drafts, before, room, queue.device)
-        self._places = Places.make(num_tokens, queue.device)
+        self.places = Places.make(num_tokens, queue.device)
         width = IDS.value + most_drafts + 1
         self.results = torch.zeros(num_tokens, width, dtype=torch.int32, device=queue.device)
         """int32 [rows, width], see kernels.triton.drafts: of the step that ran last."""
         self._upload = Upload(queue, 2 * num_slots * columns.COLUMNS.value)
         self._begun: dict[int, np.ndarray] = {}
+        self.before_accept: Callable[[torch.Tensor], None] = _nothing
+        """Called with what was drawn before it is compared with the drafts: where their acceptance is simulated."""
 
     def begin(self, row: Row, max_len: int, *, searches: bool) -> None:
         """From the next `flush` on the row's slot has its sequence, of up to `max_len` tokens. searches: drafts are
@@ -82,26 +86,35 @@ class DraftSlots:
     ) -> None:
         """Fills `inputs` for rows of these slots, with up to `most` drafts each, int32 [rows], -1: padding."""
         kept = self.kept
-        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self._places, self.queries)
+        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self.places, self.queries)
 
     def share_out(self, lengths: torch.Tensor, plan: DecodePlan, work: torch.Tensor) -> None:
         """Attention's work for the tokens that `gather` laid out last."""
         count = len(lengths)
-        share_out(lengths, plan, work, self._places.queries[:count], self._places.first[:count])
+        share_out(lengths, plan, work, self.places.queries[:count], self.places.first[:count])
 
     @property
     def slots(self) -> torch.Tensor:
         """int32 [tokens]: those of the tokens that `gather` laid out last."""
-        return self._places.slots
+        return self.places.slots
 
     def take_in(self, drawn: torch.Tensor, slots: torch.Tensor, *, first_without: int | None = None) -> None:
         """Accept what was drawn for rows of these slots, and propose what may follow; rows from number `first_without`
         on were not laid out by `gather`, and have no drafts."""
+        self.accept(drawn, slots, first_without=first_without)
         results = self.results[: len(slots)]
-        if first_without is not None:
-            self._places.taken[first_without : len(slots)].zero_()
-        accept(drawn, slots, self._places, self.kept, results)
         propose(
-            slots, self._places, self.kept, results, searched=SEARCHED, longest=LONGEST_MATCH, least=LEAST_MATCH,
+            slots, self.places, self.kept, results, searched=SEARCHED, longest=LONGEST_MATCH, least=LEAST_MATCH,
             followed=FOLLOWED_MATCH,
         )  # fmt: skip
+
+    def accept(self, drawn: torch.Tensor, slots: torch.Tensor, *, first_without: int | None = None) -> None:
+        """The first half of `take_in`; what proposes is something else."""
+        if first_without is not None:
+            self.places.taken[first_without : len(slots)].zero_()
+        self.before_accept(drawn)
+        accept(drawn, slots, self.places, self.kept, self.results[: len(slots)])
+
+
+def _nothing(drawn: torch.Tensor) -> None:
+    """Drafts are compared as they are."""

@@ -18,7 +18,7 @@ from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob
 
 NUM_TOP = MOST.value
-SOURCES: tuple[DraftSource, ...] = ("history", "prediction", "answers")
+SOURCES: tuple[DraftSource, ...] = ("history", "prediction", "answers", "eagle")
 """By the number that kernels.triton.draft_inputs gives them."""
 
 

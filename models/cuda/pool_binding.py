@@ -47,6 +47,8 @@ class PoolBinding:
     the host longer than the GPU."""
     both: torch.Tensor
     """int32 [3, most tokens]: tokens, positions and KV slots of a step of both kinds."""
+    proposed: DecodeGraphs
+    """Proposing drafts by a model, by the number of rows."""
     chunk_steps: list[CapturedChunks]
     """Smallest first."""
     adapted_chunk_steps: list[CapturedChunks]

@@ -34,6 +34,7 @@ from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behin
 from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
 from baton.models.cuda.drafts import DraftSlots
+from baton.models.cuda.eagle import DeviceEagle
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.latent import LatentContext, plan_latent_rows
 from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
@@ -45,7 +46,10 @@ from baton.models.cuda.prompt_scores import pieces_of, scored_parts, targets_of
 from baton.models.cuda.queue import ALIGNED, Draws, Queue, QueueMark, Upload, Work, aligned
 from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.cuda.step_decoder import StepDecoder
+from baton.models.eagle_config import EagleConfig
+from baton.models.eagle_weights import EagleWeights
 from baton.models.kv_format import KvFormat
+from baton.models.layer_order import no_tap
 from baton.models.layer_weights import Weights
 from baton.models.partition import WHOLE, part_of
 from baton.models.sampling_rules import EVERYTHING
@@ -83,14 +87,16 @@ class CudaRunner:
         policy: Policy | None = None,
         kv_format: KvFormat | None = None,
         peers: DevicePeers | None = None,
+        eagle: tuple[EagleConfig, EagleWeights] | None = None,
     ) -> None:
         """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
         max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
         default keys and values are of the weights' dtype. peers: the weights are one rank's part; all ranks launch the
-        same steps, and draw the same tokens."""
+        same steps, and draw the same tokens. eagle: a draft, whose layer lies behind the model's in the pool; it
+        proposes in place of the search for matches."""
         own = part_of(config, WHOLE if peers is None else peers.rank)
         check_supported(own)
-        if peers is not None and limits.most_drafts:
+        if peers is not None and (limits.most_drafts or eagle is not None):
             raise SettingsError("--speculate: on a GPU no drafts are verified by more than one rank")
         self.config, self._own, self._peers = config, own, peers
         self.run_ahead = limits.run_ahead
@@ -98,6 +104,10 @@ class CudaRunner:
         policy = policy or (invariant if limits.deterministic else fastest)
         rows, row_tokens = limits.max_rows, limits.decode_tokens
         self._most_tokens = max(limits.max_tokens, row_tokens)
+        self._eagle: DeviceEagle | None = None
+        if eagle is not None:
+            self._eagle = DeviceEagle(*eagle, config.num_layers, self._most_tokens, row_tokens, max_len)
+            self._following = Upload(queue, self._most_tokens + ALIGNED)
         self.adapters: AdapterSlots = NO_SLOTS
         self._adapters: AdapterSteps | None = None
         if limits.adapter_slots:
@@ -114,6 +124,7 @@ class CudaRunner:
                 max_len,
                 None if peers is None else peers.sums,
                 self._adapters,
+                no_tap if self._eagle is None else self._eagle.tap,
             )
             if isinstance(model, Weights)
             else model
@@ -128,7 +139,7 @@ class CudaRunner:
         if limits.most_drafts:
             together = 1 if config.latent is not None else queries_of(config.group_size)
             self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len, together)
-        self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts)
+        self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts, by_model=eagle is not None)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:
             token_elements = 2 * own.num_kv_heads * config.head_dim
@@ -178,7 +189,8 @@ class CudaRunner:
         """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
         not NaN. scales: in the pool's memory, where each key and value has its own."""
         config, device = self._own, self.queue.device
-        units, planes = (config.num_kv_heads, config.num_layers), (config.kv_planes, pool.shape[4], config.head_dim)
+        units = (config.num_kv_heads, config.num_layers + (self._eagle is not None))
+        planes = (config.kv_planes, pool.shape[4], config.head_dim)
         shape = (pool.shape[0], *units, *planes)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
@@ -206,6 +218,9 @@ class CudaRunner:
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)
+        row_sizes = sizes_up_to(rows)
+        if self._eagle is not None:
+            self._eagle.bind_pool(paged, width, max(self._rows_plan(size).num_chunks for size in sizes))
         self._bound = PoolBinding(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
@@ -228,6 +243,7 @@ class CudaRunner:
             adapted=DecodeGraphs(self._capture_step, sizes, lengths, partial(self._decode_body, adapted=True)),
             edited=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._edited_body),
             accepted=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._accepted_body),
+            proposed=DecodeGraphs(self.queue.capture, row_sizes, (max_model_len,), self._proposed_body),
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
             adapted_chunk_steps=[],
@@ -392,6 +408,9 @@ class CudaRunner:
         accepted = bound.accepted.graph_for(num_tokens, 1) if self.drafts is not None else None
         slots = header[:count] if choice is None or self.drafts is None else self.drafts.slots[:num_tokens]
         finish = self._finish(rows, slots, result, 0, 0)
+        proposed = None
+        if self._eagle is not None and self.drafts is not None and choice is not None and choice.proposes:
+            proposed = bound.proposed.graph_for(count, 1)
         kept: list[torch.Tensor] = []
 
         def forward() -> None:
@@ -405,8 +424,12 @@ class CudaRunner:
                 self._draw(kept[0], header[:count], bound.inputs.lengths[:count], edited=True)
             elif edited is not None:  # the graph drew as if a temperature were all
                 edited()
-            if accepted is not None:
+            if kept and self.drafts is not None and self._eagle is not None:  # hidden states are no longer there
+                self._take_in(self._slots_of(count), first_without=count)
+            elif accepted is not None:
                 accepted()
+            if proposed is not None:
+                proposed()
             finish(kept[0] if kept else self._decoder.last_logits(num_tokens))
 
         begun = self.queue.mark()
@@ -421,12 +444,15 @@ class CudaRunner:
 
     def _header(self, rows: Sequence[Row], *, drafting: bool = False) -> np.ndarray:
         """int32 [3, max_rows rounded up]: slots, positions and given tokens of a decode step; the rest is padding. In
-        the place of positions, of a runner with drafts: how many each row may have."""
+        the place of positions, of a runner with drafts: how many each row may have; behind, for how many tokens its
+        blocks have room."""
         count, header = len(rows), np.full((3, aligned(self._limits.max_rows)), -1, dtype=np.int32)
         header[0, :count] = [row.slot for row in rows]
         header[0, count:] = self._bind().slots.padding
         if self.drafts is not None:
             header[1, :count] = [row.most_drafts if drafting else 0 for row in rows]
+            if self._eagle is not None:
+                header[2, :count] = [len(row.blocks) * self._bind().block_tokens for row in rows]
             return header
         header[1, :count] = [row.start for row in rows]
         header[2, :count] = [row.token_ids[0] if row.token_ids else -1 for row in rows]
@@ -500,9 +526,32 @@ class CudaRunner:
 
     def _accepted_body(self, num_rows: int, max_tokens: int) -> Work:
         """Takes in what a decode step of any length drew."""
-        drafts = self.drafts
+        drafts, eagle, bound = self.drafts, self._eagle, self._bind()
         assert drafts is not None, "a runner without drafts"
-        return partial(drafts.take_in, self._drawn[:num_rows], self._slots_of(num_rows))
+        drawn, slots, inputs = self._drawn[:num_rows], self._slots_of(num_rows), bound.inputs.first(num_rows)
+        if eagle is None:
+            return partial(drafts.take_in, drawn, slots)
+
+        def body() -> None:
+            drafts.accept(drawn, slots)
+            eagle.write(drawn, inputs.positions, inputs.kv_slots)
+            eagle.forget(slots, drafts, bound.slots.tables, bound.block_tokens)
+
+        return body
+
+    def _proposed_body(self, num_rows: int, max_tokens: int) -> Work:
+        """Proposes drafts by a model, behind a decode step of any length that was taken in."""
+        drafts, eagle, bound = self.drafts, self._eagle, self._bind()
+        assert drafts is not None and eagle is not None, "a runner without a draft"
+        header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
+        slots, covered, plan = header[0, :num_rows], header[2, :num_rows], self._rows_plan(num_rows)
+        draw, tables = self._sampler.draw, bound.slots.tables
+        return partial(eagle.propose, slots, covered, drafts, tables, bound.block_tokens, plan, draw)
+
+    def _rows_plan(self, num_rows: int) -> DecodePlan:
+        """Of the attention of a draft, whose sums no token depends on."""
+        aim = FP8_AIM if self.kv_format.quantised else 1
+        return split_plan(num_rows, self.config.num_kv_heads, self.queue.num_sms, aim)
 
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, edited: bool) -> None:
         """The next token of each row, kept for its slot; `edited`: with every parameter, else a temperature alone."""
@@ -557,20 +606,65 @@ class CudaRunner:
         slots, new_positions = (array[: len(drawing)] for array in sent[len(arrays) - 2 : len(arrays)])
         edited = any(self._sampler.edits(row.slot) for row in drawing)
         finish = self._finish(drawing, slots, result, first, result.chunk_places)
+        num_tokens = sum(row.num_new for row in rows)
+        write = self._prompt_entries(rows, 0, sent[1][:num_tokens], sent[2][:num_tokens], sent[7][: len(drawing)])
+
+        def forward() -> None:
+            prefill()
+            if draws.deferred:
+                write(drawn=False)
 
         def choose() -> None:
             if drawing:
                 logits = self._decoder.last_logits(len(drawing))
                 self._draw(logits, slots, new_positions, edited)
-                if self.drafts is not None:
-                    self.drafts.take_in(self._drawn[: len(drawing)], slots, first_without=0)
-                finish(logits)
+                self._take_in(slots, first_without=0)
             elif self._peers is not None:
                 self._peers.meet()  # what other ranks write of the chunks is complete when this step is
+            if not draws.deferred:
+                write(drawn=True)
+            if drawing:
+                finish(self._decoder.last_logits(len(drawing)))
 
         begun = self.queue.mark()
-        draws.launch(prefill, choose)
+        draws.launch(forward, choose)
         return begun
+
+    def _take_in(self, slots: torch.Tensor, *, first_without: int) -> None:
+        """What was drawn in a step with parts of prompts, for rows of these slots."""
+        if self.drafts is None:
+            return
+        drawn, bound = self._drawn[: len(slots)], self._bind()
+        if self._eagle is None:
+            self.drafts.take_in(drawn, slots, first_without=first_without)
+        else:
+            self.drafts.accept(drawn, slots, first_without=first_without)
+            self._eagle.forget(slots, self.drafts, bound.slots.tables, bound.block_tokens)
+
+    def _prompt_entries(
+        self, rows: Sequence[Row], padded: int, positions: torch.Tensor, kv_slots: torch.Tensor, last: torch.Tensor
+    ) -> Callable[..., None]:
+        """Writes the entries of a draft, if there is one, for a step of parts of prompts behind `padded` other tokens;
+        `last`: of each row that draws, the token that its draw follows. Where masks come later, before the draw: blocks
+        may be read from then on, and the last entry is of a token that is not known."""
+        eagle = self._eagle
+        if eagle is None:
+            return lambda drawn: None
+        known = np.zeros(aligned(padded + sum(row.num_new for row in rows)), dtype=np.int32)
+        at = padded
+        for row in rows:
+            known[at : at + row.num_new - 1] = row.token_ids[1:]
+            known[at + row.num_new - 1] = row.token_ids[-1] if row.following is None else row.following
+            at += row.num_new
+        (sent,) = self._following.send((known,))
+        tokens = sent[: len(positions)]
+
+        def write(drawn: bool) -> None:
+            if drawn and len(last):
+                set_entries(tokens, last, self._drawn[: len(last)])
+            eagle.write(tokens, positions, kv_slots)
+
+        return write
 
     def _launch_mixed(
         self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int, draws: Draws
@@ -596,6 +690,7 @@ class CudaRunner:
         edited = any(self._sampler.edits(row.slot) for row in drawing)
         finish = self._finish(drawing, slots, result, 0, 0)
         both = bound.both[:, : padded + len(tokens)]
+        write = self._prompt_entries(chunks, padded, both[1], both[2], last)
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
             of_rows(layer, query[:padded], out[:padded])
@@ -610,12 +705,15 @@ class CudaRunner:
             for pair, joined in zip(pairs, both, strict=True):
                 torch.cat(pair, out=joined)
             self._decoder.prefill(both[0], both[1], both[2], attend, last, adapters)
+            if draws.deferred:
+                write(drawn=False)
 
         def choose() -> None:
             logits = self._decoder.last_logits(len(drawing))
             self._draw(logits, slots, new_positions, edited)
-            if self.drafts is not None:
-                self.drafts.take_in(self._drawn[: len(drawing)], slots, first_without=len(decode))
+            self._take_in(slots, first_without=len(decode))
+            if not draws.deferred:
+                write(drawn=True)
             finish(logits)
 
         begun = self.queue.mark()
@@ -675,6 +773,8 @@ class CudaRunner:
         bound.edited.capture_all(no_progress)
         if self.drafts is not None:
             bound.accepted.capture_all(no_progress)
+            if self._eagle is not None:
+                bound.proposed.capture_all(no_progress)
         bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
         if self._adapters is not None:
             bound.adapted_chunk_steps[:] = self._capture_chunks(bound, adapter=0)
@@ -690,6 +790,12 @@ class CudaRunner:
             ended = self.queue.mark()
             ended.wait()
             self.budget.measured(size, ended.since(begun) / TIMED_STEPS or 1.0)
+        for size in sizes_up_to(self._limits.max_rows) if self._eagle is not None else ():
+            begun = self.queue.mark()
+            self.queue.enqueue(bound.proposed.graph_for(size, 1))
+            ended = self.queue.mark()
+            ended.wait()
+            self.budget.measured_chain(size, ended.since(begun))
 
     def _capture_chunks(self, bound: PoolBinding, adapter: int | None = None) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU; for rows with adapters if one

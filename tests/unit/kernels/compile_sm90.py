@@ -532,6 +532,22 @@ def drafts() -> None:
     module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2, followed=4)
 
 
+def entries_of_a_draft() -> None:
+    from baton.kernels.triton import draft_inputs, drafts, eagle, step_inputs
+
+    def ids(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=torch.int32)
+
+    hidden, norms, x = empty(8, 4096), (empty(4096), empty(4096)), empty(8, 8192)
+    for normed in (False, True):
+        eagle.eagle_inputs(ids(8), empty(32000, 4096), hidden, norms, 1e-5, x, empty(8, 4096), normed_residual=normed)
+    kept = drafts.SlotDrafts(ids(257, 16), ids(257, 7), ids(257, 4096), ids(257, 2), 1024)
+    places = draft_inputs.Places(ids(256), ids(256), ids(256), ids(256))
+    inputs, entries = step_inputs.StepInputs.make(8, 64, "meta"), eagle.EntryPlaces(ids(8), ids(8), ids(8))
+    for number in (0, 1):
+        eagle.entry_inputs(ids(8), places, ids(8), kept, ids(64, 12), ids(257, 64), 64, number, 7, inputs, entries)
+
+
 def product_8bit() -> None:
     from baton.kernels.triton import product_8bit_gluon
     from baton.kernels.triton.quantise import CodedRows
@@ -601,6 +617,7 @@ CASES: dict[str, Callable[[], None]] = {
     "codes_of_runs": lambda: activations_in_codes(128),
     "blocks": whole_blocks,
     "drafts": drafts,
+    "entries": entries_of_a_draft,
     "step_inputs": inputs_of_a_step,
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),

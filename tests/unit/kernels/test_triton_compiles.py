@@ -75,6 +75,7 @@ def test_every_kernel_fits_in_shared_memory(kernels):
         ("ranks_2", 5),
         ("step_inputs", 2),
         ("drafts", 3),
+        ("entries", 4),
         ("dequantise", 4),
     ],
 )

@@ -158,4 +158,5 @@ def write_pair(model: Path, draft: Path, *, num_layers: int = 4) -> None:
         "lm_head.weight": head[order],
         "d2t": order - torch.arange(VOCABULARY),
     }
-    save_draft(draft, drafted, {"num_hidden_layers": 1, "draft_vocab_size": VOCABULARY, **shape})
+    taps = {"eagle_aux_hidden_state_layer_ids": [1, 1, 0]} if num_layers == 2 else {}
+    save_draft(draft, drafted, {"num_hidden_layers": 1, "draft_vocab_size": VOCABULARY, **shape, **taps})

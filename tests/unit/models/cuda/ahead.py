@@ -55,8 +55,8 @@ class Ahead:
                 draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot], prediction)
                 drawing.append(slot)
             drafts = self.most_drafts if draw is not None and end - start == 1 and draw.num_generated else 0
-            adapter = self.adapters.get(slot)
-            row = Row(known[start:end], start, self.tables[slot], draw, slot, most_drafts=drafts, adapter=adapter)
+            adapter, following = self.adapters.get(slot), known[end] if end < len(known) else None
+            row = Row(known[start:end], start, self.tables[slot], draw, slot, None, drafts, adapter, following)
             rows.append(row)
             self.computed[slot] = end
         launched = self.late.launch(rows)

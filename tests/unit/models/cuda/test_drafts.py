@@ -96,3 +96,29 @@ def test_a_step_has_places_for_drafts_that_pay(rows, most, gain):
     assert cost < 1.02
     cost, tokens = steps_with(budget, rows, most, lambda slot: True)
     assert tokens / cost > gain / 2  # they are tried again
+
+
+def test_drafts_of_a_model_are_left_out_where_they_do_not_pay():
+    """Guards against a model that proposes at each step what no step has places for, and against one that never
+    proposes again."""
+    budget = DraftBudget(list(SIZES), 3, by_model=True)
+    for size, seconds in SIZES.items():
+        budget.measured(size, seconds)
+        budget.measured_chain(size, 0.4)
+    spent = []
+    for right in (False, True):
+        in_flight, proposed = [], [0, 0]
+        for step in range(400):
+            choice = budget.choose([(slot, 3) for slot in range(8)])
+            proposed = [*proposed, 3 * choice.proposes]
+            taken = min(proposed[-2], (choice.tokens - 8) // 8)
+            took = SIZES[choice.tokens] + 0.4 * choice.proposes
+            results = [(1 + taken * right, taken, proposed[-1])] * 8
+            in_flight.append((choice, results, took))
+            if step >= 300:
+                spent.append((took, 1 + taken * right))
+            if len(in_flight) > 1:
+                budget.read(*in_flight.pop(0))
+    wrong, good = (sum(a for a, _ in part) / sum(b for _, b in part) / SIZES[8] for part in (spent[:100], spent[100:]))
+    assert wrong < 1.02
+    assert good < 0.35
