@@ -137,7 +137,7 @@ def _runner(config: ModelConfig, weights: Weights, pool: RandomKv, limits: StepL
     return CudaRunner(config, weights, CudaQueue(0), limits, CONTEXT + 1024, kv_format=pool.format, eagle=eagle)
 
 
-def measure_eagle(lines: JsonLines, shape: str, count: int) -> None:
+def measure_eagle(lines: JsonLines, shape: str) -> None:
     for most in dict.fromkeys(most for _, most in CELLS):
         off, on, acceptance, num_blocks = make_pair(lines, shape, most)
         acceptance.chance.fill_(CHANCES[most])

@@ -252,7 +252,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
     if options.speculate == "eagle":
-        measure_eagle(lines, options.shape, options.count)
+        measure_eagle(lines, options.shape)
         return 0
     known = {f"{kind}:{rows}x{drafts}": (kind, rows, drafts) for kind, rows, drafts in CELLS}
     if options.cells and (strange := set(options.cells.split(",")) - set(known)):

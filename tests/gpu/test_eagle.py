@@ -36,7 +36,8 @@ def make(folder: Path, draft: Path | None, dtype: torch.dtype) -> CudaRunner:
     if draft is not None:
         read = read_eagle(draft, config)
         eagle = (read, load_eagle(read, draft, weights, "auto", pack=False))
-    limits = StepLimits(ROWS, 2048, deterministic=True, most_drafts=DRAFTS if draft is not None else 0)
+    most, deterministic = DRAFTS if draft is not None else 0, config.head_dim >= 64
+    limits = StepLimits(ROWS, 2048, deterministic=deterministic, most_drafts=most)
     runner = CudaRunner(config, weights, CudaQueue(0), limits, LONGEST, eagle=eagle)
     layers = config.num_layers + (draft is not None)
     shape = (ROWS * 10 + 1, config.num_kv_heads, layers, 2, 64, config.head_dim)
@@ -71,7 +72,7 @@ def test_tokens_with_and_without_a_draft_are_the_same(tmp_path, kind, dtype):
     expected = [off.generated(slot)[:COUNT] for slot in range(ROWS)]
     on = answers(make(folder, draft, dtype), made, DRAFTS)
     assert [on.generated(slot) for slot in range(ROWS)] == expected
-    assert on.num_verified > 50
+    assert on.num_verified > 5  # the budget gives few places to what is never right
     if kind == "right":
         assert on.num_accepted > 0.9 * on.num_verified and on.num_steps < off.num_steps - COUNT // 3
     print({"kind": kind, "dtype": str(dtype), "steps": on.num_steps, "off_steps": off.num_steps,

@@ -45,18 +45,18 @@ def test_a_draft_that_equals_its_model_is_always_right(tmp_path):
     late, _ = make(tmp_path / "model", tmp_path / "draft", 2, mixed_tokens=8)
     plain = ModelRunner.load(tmp_path / "model")
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
-    ahead, count, prompts = Ahead(late, most_drafts=2), 11, [[9, 8, 7, 6, 5, 4], [*range(1, 10)]]
+    ahead, count, prompts = Ahead(late, most_drafts=2), 8, [[9, 8, 7, 6, 5, 4], [*range(1, 10)]]
     right = [one_after_the_other(plain, prompts[0], [20, 21], count, **SEEDED)]
-    right.append(one_after_the_other(plain, prompts[1], [20, 21], 5))
+    right.append(one_after_the_other(plain, prompts[1], [20, 21], 3))
     ahead.start(0, prompts[0], [1, 0], max_tokens=count, **SEEDED)
     for _ in range(3):
         ahead.launch([0])
     ahead.start(1, prompts[1], [4, 3])
-    while len(ahead.known[1]) < len(prompts[1]) + 5:
+    while len(ahead.known[1]) < len(prompts[1]) + 3:
         ahead.launch([0, 1])
     assert ahead.generated(0) == right[0]
-    assert ahead.generated(1)[:5] == right[1]
-    assert ahead.num_accepted == ahead.num_verified >= 8
+    assert ahead.generated(1)[:3] == right[1]
+    assert ahead.num_accepted == ahead.num_verified >= 4
 
     other = [token % 60 for token in range(30, 50)]
     masked = one_after_the_other(plain, other, [20, 21, 22], 2, grammar=GRAMMAR)
@@ -65,22 +65,20 @@ def test_a_draft_that_equals_its_model_is_always_right(tmp_path):
     ahead.start(1, other, [8, 9, 10], grammar=GRAMMAR)
     for _ in range(3):
         ahead.launch([0, 1], chunk=16)
-    for _ in range(2):
-        ahead.launch([0])
+    ahead.launch([0])
     assert ahead.generated(0) == right[0][: len(ahead.generated(0))]
     assert ahead.generated(1)[:2] == masked
 
 
-@pytest.mark.parametrize("most_drafts", [0, 3])
-def test_a_draft_s_kv_is_the_cpu_s(tmp_path, make_model, most_drafts):
+def test_a_draft_s_kv_is_the_cpu_s(tmp_path, make_model):
     """Guards against entries that are left out of a prompt's part, of the last token before a draw, or of a step's
     tokens: what a worker sends is what the other, on any device, would have computed."""
     folder = make_model("llama", num_hidden_layers=2).folder
     config = ModelConfig.from_folder(folder)
     taps = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
-    random_draft(tmp_path / "draft", config, norm_before_residual=most_drafts > 0, **taps)
-    late, pool = make(folder, tmp_path / "draft", most_drafts, max_rows=1)
-    plain = ModelRunner.load(folder, eagle=tmp_path / "draft", most_drafts=most_drafts)
+    random_draft(tmp_path / "draft", config, norm_before_residual=True, **taps)
+    late, pool = make(folder, tmp_path / "draft", 0, max_rows=1)
+    plain = ModelRunner.load(folder, eagle=tmp_path / "draft")
     expected = torch.zeros_like(pool)
     plain.bind_pool(expected)
     prompt, blocks = list(range(5, 42)), [5, 2, 9]
@@ -91,9 +89,5 @@ def test_a_draft_s_kv_is_the_cpu_s(tmp_path, make_model, most_drafts):
     ):
         (*_, drawn) = late.launch(rows).read()
         assert plain.step(rows)[-1] == (drawn if drawn is None else drawn._replace(num_drafts=0))
-    if most_drafts:
-        known = [*prompt, *drawn.token_ids]
-        row = Row(known[-1:], 37, blocks, draw._replace(history=known, num_generated=1))
-        assert late.launch([row]).read() == plain.step([row])
     torch.testing.assert_close(pool[blocks], expected[blocks], rtol=2e-4, atol=2e-4)
     assert pool[blocks][:, :, 2].any()
