@@ -31,7 +31,7 @@ from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 from baton.node.tls import server_context
 from baton.proxy.adapter_names import modules_of
-from baton.proxy.adapter_start import load_at_start
+from baton.proxy.adapter_warming import warm_workers
 from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
@@ -131,7 +131,7 @@ async def serve(settings: ProxySettings) -> int:
         freeze_startup_objects()
         collect_rarely()
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(load_at_start(dispatcher, adapters))
+        warming = asyncio.create_task(warm_workers(dispatcher, adapters))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,7 +139,7 @@ async def serve(settings: ProxySettings) -> int:
         if settings.tenants is not None:
             loop.add_signal_handler(signal.SIGHUP, reload_tenants, service.tenants, settings.tenants, (name, *aliases))
         await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        loading.cancel()
+        warming.cancel()
         dispatcher.drain()
         server.should_exit = True  # it listens no more, so the kernel or a load balancer gives connections to others
         await asyncio.wait({task}, timeout=settings.drain_s)

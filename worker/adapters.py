@@ -9,6 +9,7 @@ not used is forgotten in the order of its use, first from the slots, then from m
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,9 +24,11 @@ from baton.node.counters import AdapterCounters
 from baton.node.errors import AdapterError
 from baton.node.leg import LegKey
 from baton.node.messages.control import AdapterLoaded, AdapterRef, LoadAdapter
-from baton.node.telemetry import excerpt
+from baton.node.telemetry import excerpt, log_event
 from baton.worker.adapter_slots import AdapterRead, SlotTable
 from baton.worker.sequence import Sequence
+
+logger = logging.getLogger("worker")
 
 MAX_OVERTAKES = 32
 """Sequences that take up an adapter of a slot while one waits for a slot of its own; then the slots drain for it."""
@@ -98,6 +101,11 @@ class WorkerAdapters:
     def take_in(self, event: AdapterRead) -> list[tuple[str, AdapterLoaded]]:
         """An adapter was read; the answers to proxies, by link."""
         entry = self._entries[event.digest]
+        name = event.digest.hex()[:12]
+        if event.error:
+            log_event(logger, "adapter_unusable", level=logging.WARNING, digest=name, reason=event.error)
+        else:
+            log_event(logger, "adapter_read", digest=name)
         answers = [(link, AdapterLoaded(digest=event.digest, error=event.error)) for link in entry.links]
         entry.links.clear()
         if event.error:

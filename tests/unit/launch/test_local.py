@@ -49,6 +49,17 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--store", store, "--num-blocks=5"]
 
 
+def test_workers_have_slots_where_adapters_are_served() -> None:
+    """Guards against adapters that no worker takes; what the user says of slots comes last, and so counts."""
+    named = ServeSettings(model="m", lora_modules=("a=/a", "b=/b"), device="cpu", worker_arg=("--max-loras=4",))
+    for settings in (named, ServeSettings(model="m", adapter_root=Path("/r"), device="cpu")):
+        _, _, *workers = (options_of(spec.argv) for spec in plan(settings))
+        assert {tuple(each[each.index("--max-loras") :][:2]) for each in workers} == {("--max-loras", "32")}
+    assert options_of(plan(named)[2].argv)[-1] == "--max-loras=4"
+    proxy = options_of(plan(named)[0].argv)
+    assert [each for each in proxy if "lora" in each] == ["--lora-modules=a=/a", "--lora-modules=b=/b"]
+
+
 def test_several_proxies_share_the_port_and_have_all_workers(tmp_path: Path) -> None:
     """Guards against a worker or a store that one of the proxies never sees, and two proxies that are one to others."""
     settings = ServeSettings(proxies=2, prefill=0, device="cpu", max_requests=7)

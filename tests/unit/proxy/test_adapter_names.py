@@ -9,10 +9,13 @@ import pytest
 
 from baton.models.config import ModelConfig
 from baton.node.errors import BadRequest, SettingsError
-from baton.node.messages.control import AdapterLoaded, AdapterRef, LoadAdapter
+from baton.node.messages.control import AdapterLoaded, AdapterRef, Load, LoadAdapter
 from baton.proxy.adapter_loads import AdapterLoads
 from baton.proxy.adapter_names import folder_inside, modules_of
+from baton.proxy.adapter_warming import warm_workers
+from baton.proxy.interface import WorkerStatus
 from baton.testing.adapter_folders import write_adapter
+from baton.testing.fake_engine import FakeEngine
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 
@@ -54,6 +57,32 @@ def test_folders_lie_inside_the_root_with_all_their_files(folder: Path, tmp_path
     for path in ("..", "../..", str(tmp_path), "out", "linked", "circle", "missing", "a/adapter_config.json", "a\0"):
         with pytest.raises(BadRequest, match="inside --adapter-root"):
             folder_inside(root, path)
+
+
+async def test_workers_that_join_are_warmed(folder: Path) -> None:
+    """Also one that comes back under its name: it has nothing any more."""
+    engine = FakeEngine(lambda call: [])
+    names = modules_of([f"a={folder}", f"b={folder}"], ["demo"])
+    task = asyncio.create_task(warm_workers(engine, names, poll_s=0.0))
+
+    async def loaded_with(*workers: str) -> int:
+        engine.adapters.clear()
+        engine.workers[:] = [WorkerStatus(name, "decode", "ready", Load(), max_loras=4) for name in workers]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return len(engine.adapters)
+
+    assert [await loaded_with(), await loaded_with("d"), await loaded_with("d"), await loaded_with("d", "p")] == [
+        0,
+        2,
+        0,
+        2,
+    ]
+    engine.adapter_failure = BadRequest("no")
+    await loaded_with("p")
+    engine.adapter_failure = None
+    assert await loaded_with("d", "p") == 2
+    task.cancel()
 
 
 async def test_a_load_ends_with_the_answers_the_losses_or_the_time() -> None:
