@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.partition import Rank
@@ -59,6 +61,23 @@ def test_all_ranks_get_the_same_bits(group, dtype):
         sums = together(*(partial(peers.sum, part) for peers, part in zip(group, parts, strict=True)))
         expected = (parts[0].float() + parts[1] + parts[2]).to(dtype)
         assert all(torch.equal(each, expected) for each in sums)
+
+
+def test_sums_are_those_of_gloo(group):
+    """Guards against a sum that is the same at all ranks, and wrong: another library's over sockets is the check."""
+    store, options = dist.HashStore(), dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=10)
+    parts = [torch.randn(7, 1000) for _ in range(COUNT)]
+    expected = [part.clone() for part in parts]
+
+    def by_gloo(rank: int) -> None:
+        dist.ProcessGroupGloo(store, rank, COUNT, options).allreduce([expected[rank]]).wait()
+
+    together(*(partial(by_gloo, rank) for rank in range(COUNT)))
+    sums = together(*(partial(peers.sum, part) for peers, part in zip(group, parts, strict=True)))
+    for found, wanted in zip(sums, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_parts_of_different_widths_lie_side_by_side(group):
