@@ -17,7 +17,8 @@ from baton.simulator import report
 from baton.simulator.capacity import hit_rate
 from baton.simulator.fit import Fit, fit, read_steps
 from baton.simulator.latency import load_profile
-from baton.simulator.placement import FIRST, Goodput, Split, bound_of, goodput, splits
+from baton.simulator.parallel import WorkerSize, fits, with_steps
+from baton.simulator.placement import FIRST, Goodput, Split, bound_of, goodput, promising, splits, wider_splits
 from baton.simulator.placement import scenario_of as split_scenario
 from baton.simulator.record import attainment, summarise
 from baton.simulator.searches import Searches
@@ -57,15 +58,22 @@ def place(argv: Sequence[str]) -> None:
     SLO, and what to do."""
     settings = parse(PlaceSettings, argv, f"{PROG} place", place.__doc__ or "")
     profile = load_profile(settings.profile)
-    candidates = splits(settings.gpus, settings.chunk_tokens)
-    wanted = [split for split in candidates if not settings.only or split.name in settings.only]
+    sizes = [ranks for ranks in settings.tp if fits(profile, WorkerSize(ranks))]
+    plain = splits(settings.gpus, settings.chunk_tokens) if 1 in sizes else []
+    wider = wider_splits(settings.gpus, settings.chunk_tokens, sizes)
+    wanted = [split for split in (*plain, *wider) if not settings.only or split.name in settings.only]
+    if not plain and not wider:
+        raise SettingsError(f"no worker of --tp ranks has room for the model, or {settings.gpus} GPUs are too few")
     if not wanted:
-        raise SettingsError(f"--only: there are {', '.join(split.name for split in candidates)}")
+        raise SettingsError(f"--only: there are {', '.join(split.name for split in (*plain, *wider))}")
     if len(wanted) == 1:
-        _show(report.place_rows([_search(settings, wanted[0])]), settings.json)
+        _show(report.place_rows([_search(settings, wanted[0])], profile), settings.json)
         return
     requests = workload_of(settings, profile)
-    bounds = [(split, bound_of(split, requests, profile, slo_of(settings), settings.local_prefill)) for split in wanted]
+    known = {split: bound_of(split, requests, profile, slo_of(settings), settings.local_prefill) for split in wanted}
+    bounds = [(split, known[split]) for split in plain if split in known]
+    of_wider = [(split, known[split]) for split in wider if split in known]
+    bounds += of_wider if settings.only else promising(bounds, of_wider)
     searches = Searches(argv, bounds, settings.first_rate, settings.jobs or os.cpu_count() or 1)
     rows, out = searches.run(), sys.stderr if settings.json else sys.stdout
     if rows:
@@ -145,7 +153,7 @@ def fitted(argv: Sequence[str]) -> None:
     _show(report.fit_rows(found), as_json=False)
     if settings.out is not None:
         costs = {kind: fit.cost for kind, fit in found.items()}
-        profile = msgspec.structs.replace(load_profile(settings.profile), **costs)
+        profile = with_steps(load_profile(settings.profile), settings.tp, costs)
         settings.out.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
 
 

@@ -48,8 +48,10 @@ class MeanWork:
     """Part of the prompts that take longer than the objective of TTFT on an idle worker."""
 
 
-def mean_work(requests: Sequence[SimRequest], profile: Profile, slo: Slo) -> MeanWork:
+def mean_work(requests: Sequence[SimRequest], profile: Profile, slo: Slo, prefill: Profile | None = None) -> MeanWork:
+    """profile: of decode workers; prefill: of prefill workers, where these are of another size."""
     decode, count = profile.decode, len(requests)
+    of_prompt = (prefill or profile).prefill
     prompt_s = local_s = answer_s = context = 0.0
     slow, seen = 0, set[int]()
     for request in requests:
@@ -57,8 +59,8 @@ def mean_work(requests: Sequence[SimRequest], profile: Profile, slo: Slo) -> Mea
         known = next((n for n, name in enumerate(request.prefix) if name not in seen), len(request.prefix))
         seen.update(request.prefix)
         start = min(known * request.block_tokens, prompt - 1)
-        prefill_s = profile.prefill.seconds(prompt - start, prompt**2 - start**2)
-        prompt_s += prefill_s - profile.prefill.a
+        prefill_s = of_prompt.seconds(prompt - start, prompt**2 - start**2)
+        prompt_s += prefill_s - of_prompt.a
         local_s += _beside_s(profile, start, prompt)
         answer_s += answer * (decode.b * (prompt + answer / 2) + decode.c)
         context += answer * (prompt + answer / 2)

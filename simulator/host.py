@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +22,11 @@ from baton.decode.role import DecodeRole, decode_loop
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
+from baton.kvtransfer.reshard import Cut
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
@@ -37,6 +41,7 @@ from baton.prefill.role import prefill_loop
 from baton.prefill.settings import PrefillSettings
 from baton.simulator.latency import Profile, RowWork
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
+from baton.simulator.parallel import WorkerSize, hand_over_s
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
 from baton.worker.io_thread import Command, Inbound, IoThread
@@ -61,6 +66,14 @@ SOON_S = 1e-5
 """A turn that changed something without a step is followed by another at once; not at the same instant, for ever."""
 
 
+class Sharing(NamedTuple):
+    """How a worker is shared out, where some have several GPUs."""
+
+    size: WorkerSize
+    by_layer: bool
+    """Planes move layers of units, since some worker has stages."""
+
+
 @dataclass(frozen=True, slots=True)
 class SimModel:
     vocab_size: int = VOCAB_SIZE
@@ -73,6 +86,7 @@ class SimStep:
 
     runner: SimRunner
     seconds: float
+    """That it takes or, of several stages, at which it ends."""
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
     prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
@@ -81,7 +95,7 @@ class SimStep:
         raise InvariantBroken("simulated requests have no grammars")
 
     def read(self) -> list[Drawn | None]:
-        self.runner.spend(self.seconds)
+        self.runner.end(self.seconds)
         return self.drawn
 
 
@@ -89,22 +103,36 @@ class SimRunner:
     """A runner that samples without computing. `step_s` is the time of the steps read since `begin`.
 
     Each step is read before the next is launched: with no time between them, running ahead would make no difference.
+    Of several stages each is at another step.
     """
 
     config = SimModel()
-    run_ahead = 0
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, stages: int, clock: Callable[[], float]) -> None:
         self.step_s = 0.0
         self.busy_s = 0.0
-        self._profile = profile
+        self.run_ahead = stages - 1
+        self._profile, self._stages, self._clock = profile, stages, clock
+        self._ends_at = 0.0
+        """When the last stage is at its end with the last step."""
 
     def begin(self) -> None:
         self.step_s = 0.0
 
     def launch(self, rows: Sequence[Row]) -> SimStep:
         seconds = max(INSTANT_S, self._profile.step_s([RowWork(row.start, row.num_new) for row in rows]))
-        return SimStep(self, seconds, [_draw(row) for row in rows])
+        drawn = [_draw(row) for row in rows]
+        if self._stages == 1:
+            return SimStep(self, seconds, drawn)
+        began_at, part_s = self._clock(), seconds / self._stages
+        self.spend(part_s)  # of the first stage
+        handed_s = hand_over_s(self._profile, sum(row.num_new for row in rows)) * (self._stages - 1)
+        self._ends_at = max(began_at + seconds + handed_s, self._ends_at + part_s)
+        return SimStep(self, self._ends_at, drawn)
+
+    def end(self, seconds: float) -> None:
+        """Wait for a step: of so many seconds or, of several stages, until then."""
+        self.spend(seconds if self._stages == 1 else max(INSTANT_S, seconds - self._clock()))
 
     def spend(self, seconds: float) -> None:
         self.step_s += seconds
@@ -297,13 +325,16 @@ class Host:
         name: str,
         role: Role,
         profile: Profile,
+        sharing: Sharing | None,
         policy: str,
         ahead: bool,
         store: HostStore | None,
         store_loads: str,
     ) -> None:
+        """profile: of a worker of this size. sharing: None where it has one GPU, as all that it meets."""
         self.identity = identity_of(name, 1)
-        self.runner = SimRunner(profile)
+        stages = sharing.size.stages if sharing is not None else 1
+        self.runner = SimRunner(profile, stages, self._clock)
         events = EventLog()
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
         self._manager = manager = BlockManager(profile.num_blocks, self._journal)
@@ -317,7 +348,7 @@ class Host:
         layout = profile.kv_layout()
         line = SimLine(network, self.identity, self._ready)
         line.connect(PROXY, "")
-        plane = SimPlane(network, self.identity, layout.block_bytes, self._ready)
+        plane = _plane(network, self.identity, profile, sharing, self._ready)
         exchange = TransferExchange(
             self.identity,
             NAMESPACE,
@@ -492,6 +523,20 @@ def _advance(sequence: WorkerSequence, count: int) -> None:
     sequence.token_ids += [token_of(seed, sequence.num_generated + number) for number in range(count)]
     sequence.restart(num_tokens - 1)
     sequence.table.publish(sequence.token_ids, num_tokens - 1)
+
+
+def _plane(
+    network: Network, identity: str, profile: Profile, sharing: Sharing | None, on_ready: Callable[[], None]
+) -> Plane:
+    """Of one GPU, or of the GPUs of all ranks of all stages, each with a link of its own."""
+    layout = profile.kv_layout()
+    if sharing is None:
+        return SimPlane(network, identity, layout.block_bytes, on_ready)
+    size, by_layer = sharing
+    cut = Cut.even(layout.num_units, size.ranks, layout.num_layers, size.stages)
+    row_bytes = layout.layer_bytes if by_layer else layout.unit_bytes
+    ends = [SimPlane(network, rank_name(identity, number), row_bytes, on_ready) for number in range(size.gpus)]
+    return ShardedPlane(cut, profile.num_blocks, ends, by_layer=by_layer)
 
 
 def _register(name: str, role: Role, profile: Profile, address: str) -> Register:

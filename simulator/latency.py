@@ -70,6 +70,35 @@ class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     disk_write_bytes_s: Annotated[float, Meta(gt=0.0)]
 
 
+class RankSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Steps of a worker of so many ranks, as measured."""
+
+    ranks: Annotated[int, Meta(ge=2)]
+    about: str
+    prefill: Cost
+    decode: Cost
+
+
+class RankSum(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What it takes longer that a norm sums one row of so many ranks."""
+
+    ranks: Annotated[int, Meta(ge=2)]
+    seconds: Positive
+
+
+class Parallel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is known of workers of several GPUs; simulator.parallel reckons with it."""
+
+    gpu_bytes: Annotated[int, Meta(gt=0)]
+    """Of one GPU, for weights and KV."""
+    weights_bytes: Annotated[int, Meta(gt=0)]
+    hidden_bytes: Annotated[int, Meta(gt=0)]
+    """Of a token's residual."""
+    sums: tuple[RankSum, ...]
+    measured: tuple[RankSteps, ...] = ()
+    """They count before arithmetic."""
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The costs of one model on one machine. docs/benchmarks/simulator.md gives the source of the shipped profiles."""
 
@@ -100,6 +129,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     decode_chunk_tokens: Annotated[int, Meta(ge=1)]
     chunk_mib: Annotated[float, Meta(gt=0.0)]
     """KV bytes in one transfer message."""
+    parallel: Parallel | None = None
+    """None: workers have one GPU each."""
 
     def kv_layout(self) -> KVLayout:
         return KVLayout.of_model(**msgspec.structs.asdict(self.layout))

@@ -46,7 +46,8 @@ class Network:
     def remove(self, identity: str) -> None:
         """Mark a process as dead: messages to it are lost, and so is the KV that it was sending."""
         self.lines.pop(identity, None)
-        self.planes.pop(identity, None)
+        for name in [name for name in self.planes if name == identity or name.startswith(f"{identity}/")]:
+            del self.planes[name]
 
     def post(self, sender: str, target: str, message: Message) -> float:
         """Send a message; returns its arrival time."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from baton.simulator.capacity import Hits
 from baton.simulator.fit import Fit
-from baton.simulator.placement import Goodput
+from baton.simulator.latency import Profile
+from baton.simulator.parallel import rank_gib
+from baton.simulator.placement import Goodput, Split
 from baton.simulator.record import RunSummary, Slo, Spread
 from baton.simulator.simulation import SimOutcome
 from baton.simulator.studies import LossCost, Overload, Scaled, Way
@@ -128,12 +130,19 @@ def advice(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def place_rows(found: Sequence[Goodput]) -> list[Row]:
+def _rank_gib(profile: Profile, split: Split) -> str:
+    """GiB of weights and KV on a GPU of each role."""
+    each = [rank_gib(profile, size) for size in dict.fromkeys(split.sizes)]
+    return ", ".join(f"{weights:.0f} + {kv:.0f}" for weights, kv in each) if profile.parallel is not None else "-"
+
+
+def place_rows(found: Sequence[Goodput], profile: Profile) -> list[Row]:
     return [
         {
             "split": each.split.name,
             GOODPUT: each.rate,
             "a GPU": each.rate_per_gpu,
+            "GiB a GPU, weights + KV": _rank_gib(profile, each.split),
             "within the SLO": f"{each.attained:.1%}",
             "TTFT p50": each.summary.ttft.p50_s * 1000,
             "p99": each.summary.ttft.p99_s * 1000,

@@ -62,6 +62,11 @@ class ReplaySettings(SloSettings):
     mixed: int = option(
         0, unit="workers", help="workers for prompts and answers, by shares that follow the load", minimum=0
     )
+    prefill_tp: int = option(1, unit="ranks", help="tensor parallel size of prefill workers", minimum=1, maximum=8)
+    prefill_pp: int = option(1, unit="stages", help="pipeline parallel size of prefill workers", minimum=1, maximum=8)
+    decode_tp: int = option(
+        1, unit="ranks", help="tensor parallel size of decode and mixed workers", minimum=1, maximum=8
+    )
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
     local_prefill: str = option(
         PROXY.local_prefill, choices=LOCAL, help="which prompts decode workers prefill themselves"
@@ -93,7 +98,10 @@ class OverloadSettings(ReplaySettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceSettings(SloSettings):
-    gpus: int = option(4, unit="workers", help="workers to divide into prefill and decode", minimum=2)
+    gpus: int = option(4, unit="GPUs", help="GPUs to divide among prefill and decode workers", minimum=2)
+    tp: tuple[int, ...] = option(
+        (1, 2, 4, 8), unit="ranks", help="tensor parallel sizes of workers that are considered", minimum=1, maximum=8
+    )
     chunk_tokens: tuple[int, ...] = option(
         (256, 512, 1024, 2048), unit="tokens", help="chunk lengths to try in colocated serving"
     )
@@ -160,6 +168,7 @@ class FitSettings:
     steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as `baton bench steps` writes them")
     profile: str = option("", help="profile whose other numbers go into --out")
     out: Path | None = option(None, help="write that profile with the coefficients found")
+    tp: int = option(1, unit="ranks", help="the steps are those of a worker of so many ranks", minimum=1, maximum=8)
 
     def __post_init__(self) -> None:
         if (self.out is None) == bool(self.profile):

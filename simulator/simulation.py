@@ -15,9 +15,10 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.settings import ProxySettings
-from baton.simulator.host import PROXY, Host, token_of
+from baton.simulator.host import PROXY, Host, Sharing, token_of
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
+from baton.simulator.parallel import ONE, WorkerSize, of_size
 from baton.simulator.ramp import Autoscale
 from baton.simulator.record import RequestRecord
 from baton.simulator.store import Capacity, HostStore
@@ -48,6 +49,9 @@ class Scenario:
     prefill: int = 0
     decode: int = 0
     mixed: int = 0
+    prefill_size: WorkerSize = ONE
+    decode_size: WorkerSize = ONE
+    """Of decode and mixed workers."""
     proxy: ProxySettings = field(default_factory=ProxySettings)
     prefill_policy: str = "fcfs"
     losses: tuple[Loss, ...] = ()
@@ -97,6 +101,14 @@ class _Simulation:
     def __init__(self, scenario: Scenario) -> None:
         profile = scenario.profile
         self._scenario = scenario
+        sizes = {True: scenario.prefill_size, False: scenario.decode_size}
+        by_layer = any(size.stages > 1 for size in sizes.values())
+        shared = any(size != ONE for size in sizes.values())
+        self._sizes = {
+            is_prefill: (of_size(profile, size), Sharing(size, by_layer) if shared else None)
+            for is_prefill, size in sizes.items()
+        }
+        """Of prefill workers, and of others."""
         self._world = World()
         self._network = Network(self._world, profile.message_s, profile.chunk_s, profile.link_bytes_s)
         self._hosts: dict[str, Host] = {}
@@ -173,7 +185,7 @@ class _Simulation:
             self._network,
             name,
             role,
-            self._scenario.profile,
+            *self._sizes[role == "prefill"],
             self._scenario.prefill_policy,
             self._scenario.ahead and (self._scenario.late_events or self._scenario.proxy.policy not in READS_EVENTS),
             store,

@@ -10,6 +10,7 @@ from itertools import product
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
+from baton.simulator.parallel import WorkerSize
 from baton.simulator.ramp import Autoscale, mean_level, staged
 from baton.simulator.record import RunSummary, Slo, Spread, attainment, percentile, summarise
 from baton.simulator.settings import (
@@ -71,6 +72,8 @@ def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
         prefill=settings.prefill,
         decode=settings.decode,
         mixed=settings.mixed,
+        prefill_size=WorkerSize(settings.prefill_tp, settings.prefill_pp),
+        decode_size=WorkerSize(settings.decode_tp),
         proxy=proxy,
         prefill_policy=settings.prefill_policy,
         store=_capacity_of(settings),
