@@ -39,7 +39,7 @@ from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.runner import CudaRunner
 
 CELLS = "1x1,8x1,64x1,8x8,32x32,64x64"
-IMAGES = 4
+IMAGES = 2
 """Adapters in RAM, each of which stands for many."""
 PROMPT, ANSWER = 256, 128
 """Tokens of a request."""

@@ -43,13 +43,16 @@ GROUPS = {
     "copy": r"Mem(cpy|set) ",
     "attention": r"_?(decode|prefill)(_fp8)?_attention_kernel|_prefill_kernel|_widen_kernel"
     r"|_(latent_decode|latent_prefill|expand|absorb|raise)_kernel",
-    "norm": r"_norm_kernel",
+    "norm": r"_(whole_)?norm_kernel",
     "rope_write": r"_(rope_write|kv_write|latent_write|rotate_queries)_kernel",
     "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
-    "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row|propose|accept)_kernel",
-    "inputs": r"_gather(_drafts)?_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
+    "draw": r"_(best_of_block|best_of_rows?|scatter|prepare|pass|threshold|block|row|propose|accept|entries)_kernel",
+    "inputs": r"_(gather(_drafts)?|inputs|share_out)_kernel|.*(index_?select|vectorized_gather|CatArray)",
+    "ranks": r"_meet_kernel",
+    "adapters": r"_(group_rows|shrink_ranks|expand_ranks)_kernel",
     "routing": r"_(router|choose|order|spread)_kernel",
-    "linear": r"_(linear\w*|gated_product|gather_columns|experts\w*)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
+    "linear": r"_(linear\w*|gated_product|product_8bit|gather_columns|experts\w*)_kernel"
+    r"|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
 }
 """Patterns of kernels' names, from their beginning. `draw` has what is set by index too, `inputs` all that is read by
 index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary,

@@ -3,10 +3,9 @@
     adapters[i] = table[index[i]]                      the slot of row i's adapter, below 0: none
     order                                              numbers of the rows with adapters, sorted by slot, then by number
     items                                              (slot, first place in `order`, rows): up to ITEM_ROWS rows each
-    groups                                             how many slots there are, then each once
 
-All sizes are fixed, so that a graph may hold what follows: items that no row needs have 0 rows. `laid_out` is the same
-on the host, for rows of which the host knows everything. Bytes: some 40 a row.
+All sizes are fixed, so that a graph may hold what follows; the first item has the number of items, too. `laid_out` is
+the same on the host, for rows of which the host knows everything. Bytes: some 40 a row.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -25,7 +24,7 @@ from baton.kernels.triton.launch import require
 ITEM_ROWS = 16
 """The narrow side of a matrix instruction."""
 COLUMNS = 4
-"""Numbers of an item; the last is not used."""
+"""Numbers of an item; the last is of use in the first item."""
 MOST_ROWS, AT_ONCE = 1024, 16
 
 
@@ -36,7 +35,6 @@ class AdapterRows:
     adapters: torch.Tensor  # [M]
     order: torch.Tensor  # [M]
     items: torch.Tensor  # [most items, COLUMNS]
-    groups: torch.Tensor  # [1 + most groups]
 
     @classmethod
     def make(cls, num_rows: int, num_slots: int, device: str) -> AdapterRows:
@@ -44,12 +42,12 @@ class AdapterRows:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         items = most_items(num_rows, num_slots)
-        return cls(zeros(num_rows), zeros(num_rows), zeros(items, COLUMNS), zeros(1 + min(num_rows, num_slots)))
+        return cls(zeros(num_rows), zeros(num_rows), zeros(items, COLUMNS))
 
     def first(self, num_rows: int, num_slots: int) -> AdapterRows:
         """The first rows, in the same memory."""
         items = self.items[: most_items(num_rows, num_slots)]
-        return AdapterRows(self.adapters[:num_rows], self.order[:num_rows], items, self.groups)
+        return AdapterRows(self.adapters[:num_rows], self.order[:num_rows], items)
 
 
 def most_items(num_rows: int, num_slots: int) -> int:
@@ -63,11 +61,10 @@ class AdapterArrays(NamedTuple):
     adapters: np.ndarray
     order: np.ndarray
     items: np.ndarray
-    groups: np.ndarray
 
 
-def laid_out(adapters: np.ndarray, num_items: int, num_groups: int) -> AdapterArrays:
-    """Of rows with adapters in these slots, int32 [M]; with room for so many items and groups."""
+def laid_out(adapters: np.ndarray, num_items: int) -> AdapterArrays:
+    """Of rows with adapters in these slots, int32 [M]; with room for so many items."""
     order = np.argsort(adapters, kind="stable").astype(np.int32)
     order = order[np.count_nonzero(adapters < 0) :]
     slots, starts, counts = np.unique(adapters[order], return_index=True, return_counts=True)
@@ -79,12 +76,10 @@ def laid_out(adapters: np.ndarray, num_items: int, num_groups: int) -> AdapterAr
     ]
     if found:
         items[: len(found), :3] = found
-    groups = np.zeros(1 + num_groups, dtype=np.int32)
-    groups[0] = len(slots)
-    groups[1 : 1 + len(slots)] = slots
+        items[0, 3] = len(found)
     padded = np.zeros(len(adapters), dtype=np.int32)
     padded[: len(order)] = order
-    return AdapterArrays(adapters.astype(np.int32), padded, items, groups)
+    return AdapterArrays(adapters.astype(np.int32), padded, items)
 
 
 @triton.jit
@@ -95,9 +90,9 @@ def _slot_of(index_ptr, table_ptr, row, num_rows):
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_items"])
-def _group_kernel(
-    index_ptr, table_ptr, adapters_ptr, order_ptr, items_ptr, groups_ptr, begins_ptr, num_rows, num_items,
-    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _group_rows_kernel(
+    index_ptr, table_ptr, adapters_ptr, order_ptr, items_ptr, begins_ptr, num_rows, num_items, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr, ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     NEVER: tl.constexpr = 1 << 30
     row = tl.arange(0, BLOCK)
@@ -118,37 +113,30 @@ def _group_kernel(
     begins = adapted & (within % ITEM_ROWS == 0)
     tl.store(order_ptr + place, row, mask=adapted)
     tl.store(begins_ptr + row, tl.where(begins, place, NEVER), mask=row < num_rows)
-    tl.store(begins_ptr + num_rows + row, tl.where(adapted & (within == 0), place, NEVER), mask=row < num_rows)
     tl.store(items_ptr + row * COLUMNS + 2, tl.zeros([BLOCK], tl.int32), mask=row < num_items)
+    tl.store(items_ptr + 3, tl.sum(begins.to(tl.int32), 0))
     tl.debug_barrier()  # what others of this program wrote is read below
     item = tl.zeros([BLOCK], tl.int32)  # items that begin before this row's place
-    group = tl.zeros([BLOCK], tl.int32)
     for first in tl.range(0, num_rows, AT_ONCE):
         other = first + tl.arange(0, AT_ONCE)
-        inside = other < num_rows
-        begun = tl.load(begins_ptr + other, mask=inside, other=NEVER)[None, :]
+        begun = tl.load(begins_ptr + other, mask=other < num_rows, other=NEVER)[None, :]
         item += tl.sum((begun < place[:, None]).to(tl.int32), 1)
-        begun = tl.load(begins_ptr + num_rows + other, mask=inside, other=NEVER)[None, :]
-        group += tl.sum((begun < place[:, None]).to(tl.int32), 1)
     tl.store(items_ptr + item * COLUMNS, slot, mask=begins)
     tl.store(items_ptr + item * COLUMNS + 1, place, mask=begins)
     tl.store(items_ptr + item * COLUMNS + 2, tl.minimum(same - within, ITEM_ROWS), mask=begins)
-    leads = adapted & (within == 0)
-    tl.store(groups_ptr + 1 + group, slot, mask=leads)
-    tl.store(groups_ptr, tl.sum(leads.to(tl.int32), 0))
 
 
 def group_rows(index: torch.Tensor, table: torch.Tensor, begins: torch.Tensor, out: AdapterRows) -> None:
-    """Fills `out` for M rows; index and table int32, begins int32 [2 M] or more: memory for this call alone."""
+    """Fills `out` for M rows; index and table int32, begins int32 [M] or more: memory for this call alone."""
     num_rows, num_items = len(index), len(out.items)
     require(num_rows <= MOST_ROWS, f"{num_rows} rows are grouped, at most {MOST_ROWS} can be")
-    require(len(out.adapters) == len(out.order) == num_rows and len(begins) >= 2 * num_rows, "memory of other sizes")
-    for tensor in (index, table, begins, out.adapters, out.order, out.items, out.groups):
+    require(len(out.adapters) == len(out.order) == num_rows and len(begins) >= num_rows, "memory of other sizes")
+    for tensor in (index, table, begins, out.adapters, out.order, out.items):
         require(tensor.dtype == torch.int32 and tensor.is_contiguous(), "rows must be int32 and contiguous")
     if num_rows == 0:
         return
-    _group_kernel[(1,)](
-        index, table, out.adapters, out.order, out.items, out.groups, begins, num_rows, num_items,
+    _group_rows_kernel[(1,)](
+        index, table, out.adapters, out.order, out.items, begins, num_rows, num_items,
         BLOCK=max(16, triton.next_power_of_2(num_rows)), AT_ONCE=AT_ONCE, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
         num_warps=8,
     )  # fmt: skip

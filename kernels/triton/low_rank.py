@@ -3,7 +3,9 @@
 A bank has slots; one slot holds one adapter: for each product (site) A [parts * rank, K], then B [N, rank], packed by
 the adapter's own rank (a multiple of RANK_STEP), so that no byte of a lower rank's padding is read. `shrink` makes
 t = A x of items of rows (adapter_rows), float32 sums of fixed parts of K, which their readers add in order: no atomics.
-B t is added by `expand`, in place, or inside a product by `add_low_rank`; t is rounded to the bank's dtype before.
+`expand` adds B t to a product in place, or makes it in memory of its own before the product,
+which then adds it (`linear`); t is rounded to the bank's dtype before. Few programs go through the items in turn, so
+that a step of few adapters launches no more than one of many.
 A row's bits depend on neither its neighbours nor their number. Bytes: A and B of each adapter in the step, once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,8 +26,8 @@ from baton.kernels.triton.launch import launch_options, require
 RANK_STEP = 16
 FEW_ROWS = 256
 """Up to so many rows, K is split."""
-AT_ONCE = tl.constexpr(1024)
-"""Numbers of t of which a program may hold all parts."""
+SHRINK_ITEMS, EXPAND_ITEMS = 32, 16
+"""Programs that go through the items, for each part of a matrix."""
 MOST_PARTS = 3
 """Products of a site that read the same x and were put together: query, key and value."""
 
@@ -55,6 +57,14 @@ class AdapterBank:
 
 
 @dataclass(frozen=True, slots=True)
+class AddedRows:
+    """What a product adds to its rows."""
+
+    values: torch.Tensor  # [M, N]
+    adapters: torch.Tensor  # int32 [M]: below 0, the row's values are not defined and nothing is added
+
+
+@dataclass(frozen=True, slots=True)
 class AddedProduct:
     """B t of M rows, to be added to their product."""
 
@@ -62,6 +72,18 @@ class AddedProduct:
     site: BankSite
     rows: AdapterRows
     hidden: torch.Tensor  # float32 [splits, M, parts * max_rank]: t; what no item computes is not defined
+    memory: torch.Tensor  # of the bank's dtype, for `apart`
+
+    @property
+    def fits_apart(self) -> bool:
+        return len(self.rows.adapters) * self.site.ends[-1] <= len(self.memory)
+
+    def apart(self, *, pdl: bool) -> AddedRows:
+        """Launches B t into the memory, where a product reads it."""
+        shape = len(self.rows.adapters), self.site.ends[-1]
+        values = self.memory[: shape[0] * shape[1]].view(shape)
+        expand(self, values, add=False, pdl=pdl)
+        return AddedRows(values, self.rows.adapters)
 
 
 def splits_of(num_inputs: int, num_rows: int, *, deterministic: bool) -> int:
@@ -84,53 +106,63 @@ def prefetch_rows(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: 
 
 
 @triton.jit(do_not_specialize=["num_rows", "site", "a_offset"])
-def _shrink_kernel(
+def _shrink_ranks_kernel(
     x_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, hidden_ptr, num_rows, site, a_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr,
     WIDTH: tl.constexpr, TILE_K: tl.constexpr, ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     RANK_STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Items, ranks and matrices were written before the chain of early launches began."""
-    item = items_ptr + tl.program_id(0) * COLUMNS
+    first_item = tl.program_id(0)
     block = tl.program_id(1)
     split = tl.program_id(2)
     part = block // (MAX_RANK // RANK_STEP)
     first_r = block % (MAX_RANK // RANK_STEP) * RANK_STEP
     SHARE: tl.constexpr = K // SPLITS
-    slot = tl.load(item)
-    start = tl.load(item + 1)
-    count = tl.load(item + 2)
-    rank = tl.load(ranks_ptr + slot * SITES + site)
-    works = (count > 0) & (first_r < rank)
-    rank = tl.multiple_of(rank, RANK_STEP)
-    first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * a_offset
-    first += (part * rank + first_r) * K + split * SHARE
+    num_items = tl.load(items_ptr + 3)
     if PDL:
         gdc_launch_dependents()
         if PREFETCH:  # noqa: SIM102 - known when compiling, the next one is not
-            if works:
-                prefetch_rows(first, K, RANK_STEP, PREFETCH, 64)
+            if first_item < num_items:
+                slot = tl.load(items_ptr + first_item * COLUMNS)
+                rank = tl.load(ranks_ptr + slot * SITES + site)
+                if first_r < rank:
+                    matrix = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * a_offset
+                    prefetch_rows(matrix + (part * rank + first_r) * K + split * SHARE, K, RANK_STEP, PREFETCH, 64)
         gdc_wait()
-    if works:
-        r = tl.arange(0, RANK_STEP)
-        place = tl.arange(0, ITEM_ROWS)
-        there = place < count
-        row = tl.load(order_ptr + start + place, mask=there, other=0)
-        column = tl.arange(0, TILE_K)
-        total = tl.zeros([RANK_STEP, ITEM_ROWS], tl.float32)
-        x_place = x_ptr + row.to(tl.int64)[:, None] * K + split * SHARE + column[None, :]
-        for k in tl.range(0, SHARE, TILE_K):
-            a = tl.load(first + r[:, None] * K + column[None, :] + k)
-            x = tl.load(x_place + k, mask=there[:, None], other=0.0)
-            total = tl.dot(a, x.T, total, input_precision="ieee")
-        target = hidden_ptr + (split * num_rows + row).to(tl.int64)[None, :] * WIDTH
-        tl.store(target + part * MAX_RANK + first_r + r[:, None], total, mask=there[None, :])
+    r = tl.arange(0, RANK_STEP)
+    place = tl.arange(0, ITEM_ROWS)
+    column = tl.arange(0, TILE_K)
+    for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
+        item = items_ptr + number * COLUMNS
+        slot = tl.load(item)
+        rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), RANK_STEP)
+        there = place < tl.load(item + 2)
+        row = tl.load(order_ptr + tl.load(item + 1) + place, mask=there, other=0)
+        if first_r < rank:
+            matrix = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * a_offset
+            a_place = matrix + (part * rank + first_r + r[:, None]) * K + split * SHARE + column[None, :]
+            x_place = x_ptr + row.to(tl.int64)[:, None] * K + split * SHARE + column[None, :]
+            total = tl.zeros([RANK_STEP, ITEM_ROWS], tl.float32)
+            for k in tl.range(0, SHARE, TILE_K):
+                a = tl.load(a_place + k)
+                x = tl.load(x_place + k, mask=there[:, None], other=0.0)
+                total = tl.dot(a, x.T, total, input_precision="ieee")
+            target = hidden_ptr + (split * num_rows + row).to(tl.int64)[None, :] * WIDTH
+            tl.store(target + part * MAX_RANK + first_r + r[:, None], total, mask=there[None, :])
 
 
 def shrink(
-    x: torch.Tensor, bank: AdapterBank, site: BankSite, rows: AdapterRows, hidden: torch.Tensor, *, pdl: bool = False
+    x: torch.Tensor,
+    bank: AdapterBank,
+    site: BankSite,
+    rows: AdapterRows,
+    hidden: torch.Tensor,
+    memory: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> AddedProduct:
-    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]."""
+    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]; memory: see AddedProduct."""
     num_rows, k = x.shape
     splits, width = hidden.shape[0], bank.rank_width(site)
     require(k == site.inputs and k % (splits * RANK_STEP) == 0, f"{k} inputs in {splits} parts, a site of {site}")
@@ -142,13 +174,13 @@ def shrink(
     tile_k = next(size for size in (256, 128, 64, 32, 16) if share % size == 0)
     prefetch = next((size for size in (1024, 512, 256) if share >= size), 0) if x.element_size() == 2 else 0
     if len(rows.items):
-        _shrink_kernel[(len(rows.items), width // RANK_STEP, splits)](
+        _shrink_ranks_kernel[(min(len(rows.items), SHRINK_ITEMS), width // RANK_STEP, splits)](
             x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.number, site.a_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], K=k, SPLITS=splits, MAX_RANK=bank.max_rank,
             WIDTH=width, TILE_K=tile_k, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, RANK_STEP=RANK_STEP, PREFETCH=prefetch,
             PDL=pdl, **launch_options(4, pdl, 3),
         )  # fmt: skip
-    return AddedProduct(bank, site, rows, hidden)
+    return AddedProduct(bank, site, rows, hidden, memory)
 
 
 @triton.jit
@@ -165,87 +197,56 @@ def load_hidden(
     r = tl.arange(0, MAX_RANK)
     place = row.to(tl.int64)[:, None] * WIDTH + part * MAX_RANK + r[None, :]
     total = tl.load(hidden_ptr + place, mask=there[:, None], other=0.0)
-    if row.shape[0] * MAX_RANK <= AT_ONCE:
-        for number in tl.static_range(1, PARTS):
-            total += tl.load(hidden_ptr + number * num_rows * WIDTH + place, mask=there[:, None], other=0.0)
-    else:  # all parts at once would not fit the registers
-        for number in tl.range(1, PARTS, num_stages=3):
-            total += tl.load(hidden_ptr + number * num_rows * WIDTH + place, mask=there[:, None], other=0.0)
+    for number in tl.static_range(1, PARTS):
+        total += tl.load(hidden_ptr + number * num_rows * WIDTH + place, mask=there[:, None], other=0.0)
     return total
-
-
-@triton.jit
-def add_low_rank(
-    total, hidden_ptr, numbers_ptr, ranks_ptr, adapters_ptr, groups_ptr, m, num_rows, n, part, site, b_offset,
-    SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr,
-):  # fmt: skip
-    """total [outputs, rows] with B t of the outputs n, which lie in one part, for the rows m of a product."""
-    there = m < num_rows
-    hidden = load_hidden(hidden_ptr, m, there, num_rows, part, PARTS, WIDTH, MAX_RANK)
-    mine = tl.load(adapters_ptr + m, mask=there, other=-1)
-    r = tl.arange(0, MAX_RANK)
-    for group in tl.range(0, tl.load(groups_ptr), num_stages=3):
-        slot = tl.load(groups_ptr + 1 + group)
-        rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
-        first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
-        b = tl.load(first + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
-        own = tl.where((mine == slot)[:, None] & (r < rank)[None, :], hidden, 0.0)
-        total = tl.dot(b, own.to(b.dtype).T, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def row_low_rank(
-    hidden, numbers_ptr, ranks_ptr, slot, n, site, b_offset, SLOT_SIZE: tl.constexpr, SITES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
-):  # fmt: skip
-    """B t of one row for the outputs n; hidden [1, MAX_RANK]. 0 without an adapter."""
-    used = tl.maximum(slot, 0)
-    rank = tl.load(ranks_ptr + used * SITES + site)
-    rank = tl.multiple_of(tl.where(slot >= 0, rank, 0), 16)
-    r = tl.arange(0, MAX_RANK)
-    first = numbers_ptr + used.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
-    b = tl.load(first + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
-    own = tl.where((r < rank)[None, :], hidden, 0.0).to(b.dtype)
-    return tl.sum(b.to(tl.float32) * own.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "site", "b_offset"])
-def _expand_kernel(
+def _expand_ranks_kernel(
     hidden_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, out_ptr, num_rows, site, b_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, TILE_N: tl.constexpr,
-    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    item = items_ptr + tl.program_id(0) * COLUMNS
+    first_item = tl.program_id(0)
     first_n = tl.program_id(1) * TILE_N
-    slot = tl.load(item)
-    start = tl.load(item + 1)
-    count = tl.load(item + 2)
-    rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
-    works = (count > 0) & (rank > 0)
+    num_items = tl.load(items_ptr + 3)
     n = first_n + tl.arange(0, TILE_N)
     r = tl.arange(0, MAX_RANK)
+    part = part_of(first_n, END0, END1)
+    slot = tl.load(items_ptr + first_item * COLUMNS, mask=first_item < num_items, other=0)
+    rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
     first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
-    b = tl.load(first + n[:, None] * rank + r[None, :], mask=works & (r < rank)[None, :], other=0.0)
+    b = tl.load(first + n[:, None] * rank + r[None, :], mask=(first_item < num_items) & (r < rank)[None, :], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if works:
-        place = tl.arange(0, ITEM_ROWS)
-        there = place < count
-        row = tl.load(order_ptr + start + place, mask=there, other=0)
-        part = part_of(first_n, END0, END1)
+    place = tl.arange(0, ITEM_ROWS)
+    for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
+        item = items_ptr + number * COLUMNS
+        there = place < tl.load(item + 2)
+        row = tl.load(order_ptr + tl.load(item + 1) + place, mask=there, other=0)
         hidden = load_hidden(hidden_ptr, row, there, num_rows, part, PARTS, WIDTH, MAX_RANK)
         hidden = tl.where((r < rank)[None, :], hidden, 0.0).to(b.dtype)
         target = out_ptr + row.to(tl.int64)[None, :] * N + n[:, None]
-        total = tl.load(target, mask=there[None, :], other=0.0).to(tl.float32)
+        total = tl.zeros([TILE_N, ITEM_ROWS], tl.float32)
+        if ADD:
+            total += tl.load(target, mask=there[None, :], other=0.0).to(tl.float32)
         total = tl.dot(b, hidden.T, total, input_precision="ieee")
         tl.store(target, total.to(out_ptr.dtype.element_ty), mask=there[None, :])
+        following = number + tl.num_programs(0)
+        slot = tl.load(items_ptr + following * COLUMNS, mask=following < num_items, other=0)
+        rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
+        first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
+        b = tl.load(
+            first + n[:, None] * rank + r[None, :], mask=(following < num_items) & (r < rank)[None, :], other=0.0
+        )
 
 
-def expand(added: AddedProduct, out: torch.Tensor, *, pdl: bool = False) -> None:
-    """Adds B t to out [M, N] in place, or to the first of parts [S, M, N] of a product."""
+def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: bool = False) -> None:
+    """Adds B t to out [M, N] in place, or to the first of parts [S, M, N] of a product; without `add` it becomes out,
+    where rows have an adapter."""
     whole = out[0] if out.dim() == 3 else out
     num_rows, n = whole.shape
     bank, site, rows = added.bank, added.site, added.rows
@@ -256,10 +257,10 @@ def expand(added: AddedProduct, out: torch.Tensor, *, pdl: bool = False) -> None
     tile_n = next((size for size in (128, 64, 32, 16) if all(end % size == 0 for end in site.ends)), 0)
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
-        _expand_kernel[(len(rows.items), n // tile_n)](
+        _expand_ranks_kernel[(min(len(rows.items), EXPAND_ITEMS), n // tile_n)](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
-            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, PDL=pdl,
+            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, ADD=add, PDL=pdl,
             **launch_options(4, pdl),
         )  # fmt: skip
 

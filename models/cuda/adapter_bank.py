@@ -19,6 +19,8 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
 from baton.node.errors import AdapterError, InvariantBroken, SettingsError
 
+MOST_RANK = 256
+
 
 @dataclass(frozen=True, slots=True)
 class BankLayout:
@@ -80,7 +82,9 @@ class BankSlots:
     """AdapterSlots of a GPU."""
 
     def __init__(self, layout: BankLayout, num_slots: int, max_rank: int, dtype: torch.dtype, copies: Queue) -> None:
-        """copies: a stream beside that of the steps."""
+        """copies: a stream beside that of the steps. SettingsError for a rank for which products have no registers."""
+        if max_rank > MOST_RANK:
+            raise SettingsError(f"--max-lora-rank {max_rank}: on a GPU at most {MOST_RANK}")
         self.num_slots, self.max_rank = num_slots, max_rank
         widest = RANK_STEP  # as kernels hold ranks: a power of two
         while widest < max_rank:

@@ -44,7 +44,7 @@ class AdapterSteps:
         self._upload = Upload(queue, 2 * aligned(num_rows))
         self._rows = AdapterRows.make(row_tokens, count, device)
         self._kept = AdapterRows.make(row_tokens, count, device)
-        self._begins = torch.zeros(2 * row_tokens, dtype=torch.int32, device=device)
+        self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         sites = {(site.inputs, slots.bank.rank_width(site)) for of_layer in layout.sites for site in of_layer.values()}
         sizes = [
             self._splits(k, rows) * rows * width
@@ -52,6 +52,9 @@ class AdapterSteps:
             for rows in {min(FEW_ROWS, most_tokens), most_tokens}
         ]
         self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
+        widest = max((site.ends[-1] for of_layer in layout.sites for site in of_layer.values()), default=0)
+        rows = most_tokens if deterministic else min(FEW_ROWS, most_tokens)  # more are cuBLAS's
+        self._apart = torch.zeros(rows * widest, dtype=slots.bank.numbers.dtype, device=device)
 
     def update(self, rows: Sequence[Row]) -> None:
         """Enqueue what the device must know before a step in which these rows decode."""
@@ -79,12 +82,12 @@ class AdapterSteps:
     def lay_out(self, adapters: Sequence[int], counts: Sequence[int]) -> AdapterArrays:
         """For a step of parts with these slots, or NONE, and so many tokens each."""
         tokens, num_slots = np.repeat(np.array(adapters, dtype=np.int32), counts), self._slots.num_slots
-        return laid_out(tokens, most_items(len(tokens), num_slots), num_slots)
+        return laid_out(tokens, most_items(len(tokens), num_slots))
 
     def capacity(self, num_tokens: int) -> int:
         """Numbers that lay_out makes for so many tokens, at most."""
         num_slots = self._slots.num_slots
-        return 2 * num_tokens + 4 * most_items(num_tokens, num_slots) + num_slots + 1
+        return 2 * num_tokens + 4 * most_items(num_tokens, num_slots)
 
     def added(self, layer: int, name: str, x: torch.Tensor, rows: AdapterRows, *, pdl: bool) -> AddedProduct | None:
         """Launches the first half of what adapters add to a product of x [M, K], valid until the next call; None: the
@@ -95,7 +98,7 @@ class AdapterSteps:
         num_rows, width = len(x), self._slots.bank.rank_width(site)
         splits = self._splits(site.inputs, num_rows)
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
-        return shrink(x, self._slots.bank, site, rows, hidden, pdl=pdl)
+        return shrink(x, self._slots.bank, site, rows, hidden, self._apart, pdl=pdl)
 
     def _splits(self, num_inputs: int, num_rows: int) -> int:
         return splits_of(num_inputs, num_rows, deterministic=self._deterministic)
@@ -107,6 +110,6 @@ def adapter_of(row: Row) -> int:
 
 
 def rows_of(sent: Sequence[torch.Tensor]) -> AdapterRows:
-    """Of the four arrays of lay_out on the device, flat."""
-    adapters, order, items, groups = sent
-    return AdapterRows(adapters, order, items.view(-1, 4), groups)
+    """Of the three arrays of lay_out on the device, flat."""
+    adapters, order, items = sent
+    return AdapterRows(adapters, order, items.view(-1, 4))

@@ -14,13 +14,10 @@ from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
-from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.low_rank import AddedProduct, expand
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, shape_of
 from baton.node.errors import InvariantBroken
-
-ADDING_ROWS = 64
-"""Tiles of more rows leave no registers for what adapters add, and have it added behind the product."""
 
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
@@ -54,11 +51,9 @@ class DenseProducts:
         else:
             if tiles.splits > 1:
                 out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
-            inside = added if tiles.splits == 1 or tiles.tile_m <= ADDING_ROWS else None
-            if inside is not None:
-                tiles = _within_parts(tiles, inside)
-            linear(x, _dense(weights), weights.bias, tiles, out, added=inside, pdl=pdl)
-            if inside is not None:
+            apart = added.apart(pdl=pdl) if added is not None and added.fits_apart else None
+            linear(x, _dense(weights), weights.bias, tiles, out, added=apart, pdl=pdl)
+            if apart is not None:
                 return out
         if added is not None:
             expand(added, out, pdl=pdl and tiles is not None)
@@ -77,11 +72,10 @@ class DenseProducts:
     ) -> bool:
         """out [M, inner] = gelu_tanh(gate) * up, where x W^T is [gate, up]; False where no table has the product."""
         tiles = None if gate_up.bias is not None else self._policy(x.shape[0], shape_of(gate_up, fused=True))
-        if tiles is None:
+        if tiles is None or (added is not None and not added.fits_apart):
             return False
-        if added is not None:
-            tiles = _within_parts(tiles, added)
-        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, added=added, pdl=pdl)
+        apart = None if added is None else added.apart(pdl=pdl)
+        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, added=apart, pdl=pdl)
         return True
 
     def gated(
@@ -90,10 +84,9 @@ class DenseProducts:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
         m, shape = x.shape[0], shape_of(gate_up, fused=True)
         tiles = None if gate_up.bias is not None else self._policy(m, shape)
-        if tiles is not None:
-            if added is not None:
-                tiles = _within_parts(tiles, added)
-            linear(x, _dense(gate_up), None, tiles, out, fused=True, added=added, pdl=pdl)
+        if tiles is not None and (added is None or added.fits_apart):
+            apart = None if added is None else added.apart(pdl=pdl)
+            linear(x, _dense(gate_up), None, tiles, out, fused=True, added=apart, pdl=pdl)
             return
         if added is None and self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
             self._by_gluon(x, _dense(gate_up), out)
@@ -120,13 +113,6 @@ def _dense(weights: Linear) -> torch.Tensor:
     if not isinstance(weights, DenseLinear):
         raise InvariantBroken(f"no kernel here reads a weight of the format {weights.weight_format}")
     return weights.weight
-
-
-def _within_parts(tiles: Tiles, added: AddedProduct) -> Tiles:
-    """Tiles of outputs that lie in one part each; all but tiny models have such in any case."""
-    sizes = (tiles.tile_n, tiles.tile_n // 2, tiles.tile_n // 4)
-    fits = (size for size in sizes if all(end % size == 0 for end in added.site.ends))
-    return replace(tiles, tile_n=next(fits, tiles.tile_n))
 
 
 def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:

@@ -579,24 +579,22 @@ def adapted(rows: int, max_rank: int) -> None:
         site = low_rank.BankSite(5, 16, 32, k, ends)
         splits = low_rank.splits_of(k, rows, deterministic=False)
         hidden = empty(splits, rows, bank.rank_width(site), dtype=torch.float32)
-        added = low_rank.shrink(empty(rows, k), bank, site, of_rows, hidden, pdl=True)
+        added = low_rank.shrink(empty(rows, k), bank, site, of_rows, hidden, empty(rows * ends[-1]), pdl=True)
         low_rank.expand(added, empty(rows, ends[-1]), pdl=True)
+        added.apart(pdl=True)
 
 
-def adapted_linears(rows: int, max_rank: int) -> None:
-    """The products of qkv and of gate and up that add it themselves."""
-    from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank
+def adapted_linears(rows: int) -> None:
+    """The products of qkv and of gate and up with what adapters add to them."""
+    from baton.kernels.triton import linear, linear_policy, low_rank
 
-    bank, of_rows = adapter_bank(max_rank), adapter_rows.AdapterRows.make(rows, 32, "meta")
-    for shape, ends in ((linear_policy.QKV_8B, (4096, 5120, 6144)), (linear_policy.GATE_UP_8B, (14336, 28672))):
+    for shape, outputs in ((linear_policy.QKV_8B, 6144), (linear_policy.GATE_UP_8B, 28672)):
         tiles = linear_policy.fastest(rows, shape)
-        site = low_rank.BankSite(5, 16, 32, 4096, ends)
-        hidden = empty(8, rows, bank.rank_width(site), dtype=torch.float32)
-        added = low_rank.AddedProduct(bank, site, of_rows, hidden)
+        added = low_rank.AddedRows(empty(rows, outputs), empty(rows, dtype=torch.int32))
         out = empty(rows, shape.outputs)
         if tiles.splits > 1:
             out = empty(tiles.splits, rows, shape.outputs, dtype=torch.float32)
-        weight = empty(ends[-1], 4096)
+        weight = empty(outputs, 4096)
         linear.linear(empty(rows, 4096), weight, None, tiles, out, fused=shape.fused, added=added, pdl=True)
 
 
@@ -687,9 +685,9 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "adapters_16": lambda: adapted(8, 16),
     "adapters_64": lambda: adapted(64, 64),
-    "adapted_linear_1": lambda: adapted_linears(1, 16),
-    "adapted_linear_16": lambda: adapted_linears(16, 16),
-    "adapted_linear_64": lambda: adapted_linears(64, 64),
+    "adapted_linear_1": lambda: adapted_linears(1),
+    "adapted_linear_16": lambda: adapted_linears(16),
+    "adapted_linear_64": lambda: adapted_linears(64),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

@@ -235,3 +235,23 @@ def test_attention_over_fp8_uses_matrix_instructions_and_fits(kernels):
         kernel = fp8[f"decode_{case}"]
         assert 227 * 1024 // (kernel["shared_bytes"] + 1024) == programs
         assert kernel["registers"] * 128 * programs <= 65536
+
+
+def test_what_adapters_add_uses_matrix_instructions_and_fits(kernels):
+    """Guards against a product that loses a second program, or its registers, to what adapters add; against halves of
+    it that fall back to scalar products; and a grouping of rows that no longer fits."""
+    for case in ("adapters_16", "adapters_64"):
+        grouping, *halves = kernels[case]
+        assert grouping["registers"] <= 64 and [kernel["kernel"] for kernel in halves] == HALVES
+        for kernel in halves:
+            assert kernel["mma"] or kernel["wgmma"], (case, kernel)
+            assert kernel["registers"] <= 128 and kernel["shared_bytes"] <= 40 * 1024, (case, kernel)
+    assert all(kernel["registers"] <= 128 for kernel in kernels["adapted_linear_1"])
+    for case, programs in {"adapted_linear_16": 2, "adapted_linear_64": 1}.items():
+        qkv, gate_up = kernels[case]
+        for kernel in (qkv, gate_up):
+            assert kernel["wgmma"] and kernel["tma"] and kernel["shared_bytes"] + 1024 <= 227 * 1024, (case, kernel)
+        assert programs * (qkv["shared_bytes"] + 1024) <= 227 * 1024 and programs * qkv["registers"] * 128 <= 65536
+
+
+HALVES = ["_shrink_ranks_kernel", "_expand_ranks_kernel", "_expand_ranks_kernel"] * 2
