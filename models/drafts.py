@@ -101,9 +101,9 @@ def drafts_of(match_length: int) -> int:
 
 
 def may_draft(sampling: SamplingSpec) -> bool:
-    """Whether a draw by these parameters needs nothing of the tokens drawn just before it but their logits."""
-    penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-    return not (penalised or sampling.bad_words or sampling.grammar is not None)
+    """Whether all that a draw by these parameters needs of the tokens before it is known with drafts in their place: a
+    grammar says what it allows only when these are drawn."""
+    return sampling.grammar is None
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:

@@ -35,6 +35,8 @@ from baton.kernels.triton.draft_inputs import (
     Places,
 )
 from baton.kernels.triton.launch import require
+from baton.kernels.triton.sampling_rows import COLUMNS as SAMPLING_COLUMNS
+from baton.kernels.triton.sampling_rows import MAX_BAD_WORD_TOKENS, NUM_BAD_WORDS, PENALISED, SlotTables
 
 COMPARED = 1024  # places of a program
 
@@ -66,7 +68,8 @@ class SlotDrafts:
 
 @triton.jit
 def _accept_kernel(
-    slot_ptr, taken_ptr, first_ptr, drawn_ptr, state_ptr, draft_ptr, text_ptr, result_ptr, begin, text_stride,
+    slot_ptr, taken_ptr, first_ptr, drawn_ptr, state_ptr, draft_ptr, text_ptr, result_ptr, table_ptr, count_ptr,
+    recent_ptr, begin, text_stride, vocab_size, COUNTS: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
     DRAFTS: tl.constexpr, DRAFTS_PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -98,6 +101,13 @@ def _accept_kernel(
     tl.store(result + FIRST_PLACE, first)
     cursor, missed = tl.load(state + CURSOR), tl.load(state + MISSED)
     misses = (taken > 0) & (accepted == 0)
+    if COUNTS:
+        rules = table_ptr + slot * SAMPLING_COLUMNS
+        if tl.load(rules + PENALISED) != 0:
+            tl.atomic_add(count_ptr + slot.to(tl.int64) * vocab_size + drawn, 1, mask=kept, sem="relaxed")
+        if tl.load(rules + NUM_BAD_WORDS) != 0:
+            turn = (length + number) % MAX_BAD_WORD_TOKENS
+            tl.store(recent_ptr + slot * MAX_BAD_WORD_TOKENS + turn, drawn, mask=kept)
     lost = (cursor == 0) | (misses & (missed != 0))
     tl.store(state + CURSOR, tl.where(lost, 0, cursor + accepted + 1))
     tl.store(state + MISSED, tl.where(taken > 0, misses.to(tl.int32), missed))
@@ -171,16 +181,26 @@ def _propose_kernel(
     tl.store(result_ptr + row * WIDTH + NUM_NEXT, count)
 
 
-def accept(drawn: torch.Tensor, slots: torch.Tensor, places: Places, kept: SlotDrafts, results: torch.Tensor) -> None:
+def accept(
+    drawn: torch.Tensor,
+    slots: torch.Tensor,
+    places: Places,
+    kept: SlotDrafts,
+    results: torch.Tensor,
+    tables: SlotTables | None = None,
+) -> None:
     """drawn int32 [tokens]; slots int32 [rows] of those that drew, each once but for padding; results int32
-    [rows, IDS + most drafts + 1]: what each row has drawn. Slots know it then as their last tokens."""
+    [rows, IDS + most drafts + 1]: what each row has drawn. Slots know it then as their last tokens, and if `tables` are
+    given it counts for penalties and bad words there."""
     num_rows, most = slots.shape[0], kept.drafts.shape[1]
     require(results.shape == (num_rows, IDS.value + most + 1) and results.is_contiguous(), "results need one a row")
     require(drawn.shape[0] >= num_rows and drawn.dtype == slots.dtype == torch.int32, "drawn and slots do not fit")
+    counted = (None, None, None) if tables is None else (tables.table, tables.counts, tables.recent)
     _accept_kernel[(num_rows,)](
-        slots, places.taken, places.first, drawn, kept.state, kept.drafts, kept.text, results, kept.begin,
-        kept.text.stride(0), DRAFTS=most, DRAFTS_PADDED=triton.next_power_of_2(most + 1), COLUMNS=COLUMNS.value,
-        WIDTH=results.shape[1], IDS=IDS.value, num_warps=1,
+        slots, places.taken, places.first, drawn, kept.state, kept.drafts, kept.text, results, *counted, kept.begin,
+        kept.text.stride(0), 0 if tables is None else tables.counts.stride(0), COUNTS=tables is not None,
+        MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, DRAFTS=most, DRAFTS_PADDED=triton.next_power_of_2(most + 1),
+        COLUMNS=COLUMNS.value, WIDTH=results.shape[1], IDS=IDS.value, num_warps=1,
     )  # fmt: skip
 
 

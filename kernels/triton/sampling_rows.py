@@ -117,8 +117,8 @@ def table_float(table_ptr, slot, COLUMN: tl.constexpr):
 @triton.jit
 def _prepare_kernel(
     logits_ptr, slot_ptr, position_ptr, table_ptr, bias_id_ptr, bias_value_ptr, stop_ptr, count_ptr, mask_ptr,
-    bad_word_ptr, recent_ptr, value_ptr, largest_ptr,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr, MAX_STOPS: tl.constexpr,
+    bad_word_ptr, recent_ptr, known_ptr, draft_ptr, known_stride, draft_stride, value_ptr, largest_ptr,
+    DRAFTED: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr, MAX_STOPS: tl.constexpr,
     MAX_BAD_WORDS: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -134,6 +134,9 @@ def _prepare_kernel(
         word = tl.load(mask_ptr + slot * tl.cdiv(VOCAB, 32) + token // 32, mask=inside, other=0)
         x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
     position = tl.load(position_ptr + row)
+    before_it = 0  # drafts before the token, which neither the counts nor the last tokens of the slot include
+    if DRAFTED:
+        before_it = tl.maximum(position - tl.load(known_ptr + slot * known_stride), 0)
     num_bias, num_bad = tl.load(entry + NUM_BIAS), tl.load(entry + NUM_BAD_WORDS)
     num_stops = tl.where(position < tl.load(entry + MIN_UNTIL), tl.load(entry + NUM_STOPS), 0)
     if num_bias + num_stops + num_bad > 0:  # single tokens: through memory, where a program owns its block
@@ -159,12 +162,19 @@ def _prepare_kernel(
             for back in range(1, MAX_BAD_WORD_TOKENS):
                 before = tl.load(words + (MAX_BAD_WORD_TOKENS - 1 - back) * MAX_BAD_WORDS, mask=mine, other=-1)
                 turn = (position + MAX_BAD_WORD_TOKENS - back) % MAX_BAD_WORD_TOKENS
-                mine = mine & ((before < 0) | (before == tl.load(recent_ptr + slot * MAX_BAD_WORD_TOKENS + turn)))
+                last = tl.load(recent_ptr + slot * MAX_BAD_WORD_TOKENS + turn)
+                if DRAFTED:
+                    drafted = draft_ptr + slot * draft_stride + tl.maximum(before_it - back, 0)
+                    last = tl.where(back <= before_it, tl.load(drafted), last)
+                mine = mine & ((before < 0) | (before == last))
             tl.store(place + at, tl.full([MAX_BAD_WORDS], float("-inf"), tl.float32), mask=mine)
         tl.debug_barrier()
         x = tl.load(place + token, mask=inside, other=float("-inf"))
     if tl.load(entry + PENALISED) != 0:
         count = tl.load(count_ptr + slot * VOCAB + token, mask=inside, other=0)
+        if DRAFTED:
+            for number in range(0, before_it):
+                count += (token == tl.load(draft_ptr + slot * draft_stride + number)).to(tl.int32)
         drawn = count & (IN_PROMPT - 1)
         repetition = table_float(table_ptr, slot, REPETITION)
         x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + repetition), x * repetition), x)
@@ -207,6 +217,7 @@ def _best_of_block_kernel(
 def _best_of_row_kernel(
     slot_ptr, position_ptr, table_ptr, count_ptr, recent_ptr, value_ptr, token_ptr, out_ptr,
     VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -215,6 +226,8 @@ def _best_of_row_kernel(
     _, place = tl.max(values, 0, return_indices=True)
     token = tl.load(token_ptr + row * BLOCKS + place)
     tl.store(out_ptr + row, token.to(out_ptr.dtype.element_ty))
+    if not COUNTS:
+        return
     if tl.load(table_ptr + slot * COLUMNS + PENALISED) != 0:
         counted = count_ptr + slot * VOCAB + token
         tl.store(counted, tl.load(counted) + 1)
@@ -224,16 +237,27 @@ def _best_of_row_kernel(
 
 
 def prepare(
-    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables, out: Prepared
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    tables: SlotTables,
+    out: Prepared,
+    drafted: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the prepared rows; logits [rows, V], slots and the new tokens' positions int32 [rows]."""
+    """Writes the prepared rows; logits [rows, V], slots and the new tokens' positions int32 [rows].
+
+    drafted: known tokens [slots] and drafts [slots, most drafts] behind them, int32; of a token at a position past them
+    the drafts before it count as drawn.
+    """
     num_rows, vocab_size = _checked(logits, slots, positions, tables, out)
     if num_rows:
         _prepare_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
             logits, slots, positions, tables.table, tables.bias_ids, tables.bias_values, tables.stop_ids,
-            tables.counts, tables.masks, tables.bad_words, tables.recent, out.values, out.largest, VOCAB=vocab_size,
-            BLOCK=BLOCK, MAX_BIAS=MAX_BIAS, MAX_STOPS=MAX_STOPS, MAX_BAD_WORDS=MAX_BAD_WORDS,
-            MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=WARPS, enable_fp_fusion=False,
+            tables.counts, tables.masks, tables.bad_words, tables.recent, *(drafted or (None, None)),
+            *((0, 0) if drafted is None else (drafted[0].stride(0), drafted[1].stride(0))), out.values, out.largest,
+            DRAFTED=drafted is not None, VOCAB=vocab_size, BLOCK=BLOCK, MAX_BIAS=MAX_BIAS, MAX_STOPS=MAX_STOPS,
+            MAX_BAD_WORDS=MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -246,11 +270,12 @@ def draw_prepared(
     thresholds: torch.Tensor,
     best: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
+    counts: bool = True,
 ) -> None:
-    """out [rows], int32 or int64: the tokens, which the counts and last tokens of rows that use them now include.
+    """out [rows], int32 or int64: the tokens. counts: the counts and last tokens of rows that use them now include
+    them, and of rows with penalties or bad words no two may have one slot; else what accepts drafts counts them.
 
-    thresholds float32 [rows], read of prepared rows; best: float32 and int32 [rows, blocks], scratch. Of rows with
-    penalties or bad words no two may have one slot.
+    thresholds float32 [rows], read of prepared rows; best: float32 and int32 [rows, blocks], scratch.
     """
     num_rows, vocab_size = _checked(logits, slots, positions, tables, prepared)
     require(out.shape == (num_rows,) and thresholds.shape[0] >= num_rows, "out and thresholds need one a row")
@@ -264,7 +289,8 @@ def draw_prepared(
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         slots, positions, tables.table, tables.counts, tables.recent, *best, out, VOCAB=vocab_size, BLOCKS=blocks,
-        BLOCKS_PADDED=triton.next_power_of_2(blocks), MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=1,
+        BLOCKS_PADDED=triton.next_power_of_2(blocks), MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, COUNTS=counts,
+        num_warps=1,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.draft_inputs import Places, gather_drafts
 from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
+from baton.kernels.triton.sampling_rows import SlotTables
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.batch import Row
 from baton.models.cuda.queue import Queue, Upload, copy_async
@@ -46,6 +47,8 @@ class DraftSlots:
         self._begun: dict[int, np.ndarray] = {}
         self.before_accept: Callable[[torch.Tensor], None] = _nothing
         """Called with what was drawn before it is compared with the drafts: where their acceptance is simulated."""
+        self.counted: SlotTables | None = None
+        """What is accepted counts there for penalties and bad words."""
 
     def begin(self, row: Row, max_len: int, *, searches: bool) -> None:
         """From the next `flush` on the row's slot has its sequence, of up to `max_len` tokens. searches: drafts are
@@ -113,7 +116,7 @@ class DraftSlots:
         if first_without is not None:
             self.places.taken[first_without : len(slots)].zero_()
         self.before_accept(drawn)
-        accept(drawn, slots, self.places, self.kept, self.results[: len(slots)])
+        accept(drawn, slots, self.places, self.kept, self.results[: len(slots)], self.counted)
 
 
 def _nothing(drawn: torch.Tensor) -> None:

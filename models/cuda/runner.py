@@ -132,13 +132,16 @@ class CudaRunner:
         dtype = self._decoder.dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.kv_dtype = self.kv_format.dtype
-        self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size, peers)
-        if peers is not None:
-            peers.reserve(row_tokens, dtype)
         self.drafts: DraftSlots | None = None
         if limits.most_drafts:
             together = 1 if config.latent is not None else queries_of(config.group_size)
             self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len, together)
+        kept = None if self.drafts is None else self.drafts.kept
+        self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size, peers, kept)
+        if self.drafts is not None:
+            self.drafts.counted = self._sampler.tables
+        if peers is not None:
+            peers.reserve(row_tokens, dtype)
         self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts, by_model=eagle is not None)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from baton.kernels.triton import sampling_rows as columns
+from baton.kernels.triton.draft_inputs import LENGTH
+from baton.kernels.triton.drafts import SlotDrafts
 from baton.kernels.triton.logprobs import LogprobRows, logprobs
 from baton.kernels.triton.sampling import SamplingScratch, draw
 from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
@@ -68,15 +70,23 @@ class SlotSampler:
     """`num_slots` slots and the one of padding behind them; steps of up to max_rows rows that draw."""
 
     def __init__(
-        self, queue: Queue, num_slots: int, max_rows: int, vocab_size: int, peers: DevicePeers | None = None
+        self,
+        queue: Queue,
+        num_slots: int,
+        max_rows: int,
+        vocab_size: int,
+        peers: DevicePeers | None = None,
+        drafts: SlotDrafts | None = None,
     ) -> None:
-        """peers: `draw` gets this rank's part of the logits, and draws with the others; the rest gets all logits."""
+        """peers: `draw` gets this rank's part of the logits, and draws with the others; the rest gets all logits.
+        drafts: a step may draw several tokens of a slot, and what accepts them counts them in `tables`."""
         device = queue.device
         self._ranks = None if peers is None else peers.drawn
         self._first_token = 0 if peers is None else peers.first_token
         self._queue, self._vocab_size = queue, vocab_size
-        self._tables = SlotTables.make(num_slots + 1, vocab_size, device)
-        self._tables.table[:, columns.NUM_TOP.value] = -1
+        self._drafted = None if drafts is None else (drafts.state[:, LENGTH.value], drafts.drafts)
+        self.tables = SlotTables.make(num_slots + 1, vocab_size, device)
+        self.tables.table[:, columns.NUM_TOP.value] = -1
         self._prepared = Prepared.make(max_rows, vocab_size, device)
         self._filter = FilterScratch.make(max_rows, vocab_size, device)
         self.found = LogprobRows.make(max_rows, vocab_size, device)
@@ -99,16 +109,16 @@ class SlotSampler:
             self._edited.add(slot)
         if rules.num_top is not None:
             self._logprobs[slot] = rules.num_top
-        self._put(self._tables.bias_ids[slot], np.array([token for token, _ in rules.bias], np.int32))
-        self._put(self._tables.bias_values[slot], np.array([value for _, value in rules.bias], np.float32))
-        self._put(self._tables.stop_ids[slot], np.array(rules.forbidden, np.int32))
+        self._put(self.tables.bias_ids[slot], np.array([token for token, _ in rules.bias], np.int32))
+        self._put(self.tables.bias_values[slot], np.array([value for _, value in rules.bias], np.float32))
+        self._put(self.tables.stop_ids[slot], np.array(rules.forbidden, np.int32))
         if rules.allowed:
-            self._put(self._tables.masks[slot], _mask(rules.allowed, self._vocab_size))
+            self._put(self.tables.masks[slot], _mask(rules.allowed, self._vocab_size))
         if rules.bad_words:
-            self._put(self._tables.bad_words[slot].view(-1), _bad_words(rules.bad_words))
-            self._put(self._tables.recent[slot], _recent(draw.history[draw.prompt_len :], draw.prompt_len))
+            self._put(self.tables.bad_words[slot].view(-1), _bad_words(rules.bad_words))
+            self._put(self.tables.recent[slot], _recent(draw.history[draw.prompt_len :], draw.prompt_len))
         if rules.is_penalised:
-            self._count(self._tables.counts[slot], np.array(draw.history, np.int32), draw.prompt_len)
+            self._count(self.tables.counts[slot], np.array(draw.history, np.int32), draw.prompt_len)
 
     def flush(self) -> None:
         """Enqueue what changed."""
@@ -118,18 +128,18 @@ class SlotSampler:
         slots = np.array(list(self._changed), dtype=np.int32)
         places = slots[:, None] * width + np.arange(width, dtype=np.int32)
         sent_places, sent = self._upload.send((places, np.stack(list(self._changed.values()))))
-        self._queue.enqueue(lambda: set_entries(self._tables.table.view(-1), sent_places, sent))
+        self._queue.enqueue(lambda: set_entries(self.tables.table.view(-1), sent_places, sent))
         self._changed.clear()
 
     def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
         """Enqueue the masks that the next draw of these slots keeps; as models.batch.Launched has them."""
         if self._masks is None:  # few servers have any
-            num_slots, words = self._tables.masks.shape
+            num_slots, words = self.tables.masks.shape
             self._masks = Upload(self._queue, num_slots * (words + ALIGNED))
         sent_slots, sent = self._masks.send((np.array(slots, dtype=np.int32), masks))
 
         def work() -> None:
-            self._tables.masks.index_copy_(0, sent_slots.long(), sent.view(masks.shape))
+            self.tables.masks.index_copy_(0, sent_slots.long(), sent.view(masks.shape))
 
         self._queue.enqueue(work)
 
@@ -143,7 +153,7 @@ class SlotSampler:
 
     def draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """out int32 [rows]: the next token of each; logits [rows, V], slots and positions of the new tokens int32."""
-        count, table = len(slots), self._tables.table
+        count, table = len(slots), self.tables.table
         temperatures, seeds = self._row_temperatures[:count], self._row_seeds[:count]
         kept = table[:, columns.TEMPERATURE.value].view(torch.float32)
         torch.index_select(kept, 0, slots, out=temperatures)
@@ -155,15 +165,18 @@ class SlotSampler:
     def draw_edited(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """As `draw`, with every parameter; what it draws counts for the penalties of the next."""
-        prepare(logits, slots, positions, self._tables, self._prepared)
-        thresholds(self._prepared, slots, self._tables, self._filter)
+        """As `draw`, with every parameter; without drafts, what it draws counts for the penalties of the next."""
+        prepare(logits, slots, positions, self.tables, self._prepared, self._drafted)
+        thresholds(self._prepared, slots, self.tables, self._filter)
         best = (self._scratch.values, self._scratch.tokens)
-        draw_prepared(logits, slots, positions, self._tables, self._prepared, self._filter.thresholds, best, out)
+        draw_prepared(
+            logits, slots, positions, self.tables, self._prepared, self._filter.thresholds, best, out,
+            counts=self._drafted is None,
+        )  # fmt: skip
 
     def logprobs(self, logits: torch.Tensor, slots: torch.Tensor, drawn: torch.Tensor) -> None:
         """`found` of the rows that want log probabilities of the `drawn` and the likeliest tokens."""
-        logprobs(logits, slots, drawn, self._tables, self.found)
+        logprobs(logits, slots, drawn, self.tables, self.found)
 
     def _put(self, target: torch.Tensor, values: np.ndarray) -> None:
         """target[:n] = values on the device."""

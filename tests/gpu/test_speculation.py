@@ -21,6 +21,12 @@ from baton.tests.unit.models.cuda.ahead import Ahead
 pytestmark = pytest.mark.gpu
 
 ROWS, COUNT, DRAFTS = 64, 500, 7
+EXTRAS: list[dict] = [
+    {"logprobs": True, "top_logprobs": 2},
+    {"frequency_penalty": 0.4, "repetition_penalty": 1.1, "bad_words": ((300, 301), (305,))},
+    {},
+    {},
+]
 MODES = {"n-gram": 0, "oracle": 1, "adversarial": 2}
 
 
@@ -37,8 +43,8 @@ def answers(runner: CudaRunner, prompts: list[list[int]], predictions: list[list
     run = Ahead(runner, most_drafts=most)
     run.predictions = dict(enumerate(predictions))
     for slot, prompt in enumerate(prompts):
-        named = {"logprobs": True, "top_logprobs": 2} if slot % 8 < 2 else {}
-        run.start(slot, prompt, table(slot), temperature=slot % 2 * 0.8, seed=slot + 1, max_tokens=COUNT, **named)
+        asked = EXTRAS[slot // 2 % len(EXTRAS)]
+        run.start(slot, prompt, table(slot), temperature=slot % 2 * 0.8, seed=slot + 1, max_tokens=COUNT, **asked)
         run.launch([*range(slot + 1)], chunk=64)
     for _ in range(2 * COUNT):
         live = [slot for slot in range(len(prompts)) if len(run.known[slot]) < len(prompts[slot]) + COUNT]

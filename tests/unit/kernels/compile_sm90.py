@@ -249,9 +249,11 @@ def sampling_of_rows(dtype: torch.dtype) -> None:
     scratch = sampling_filter.FilterScratch.make(rows, vocab_size, device)
     blocks = prepared.largest.shape[1]
     best = (empty(rows, blocks, dtype=torch.float32), empty(rows, blocks, dtype=torch.int32))
-    sampling_rows.prepare(logits, slots, slots, tables, prepared)
+    for drafted in (None, (tables.table[:, 0], empty(rows, 7, dtype=torch.int32))):
+        sampling_rows.prepare(logits, slots, slots, tables, prepared, drafted)
     sampling_filter.thresholds(prepared, slots, tables, scratch)
-    sampling_rows.draw_prepared(logits, slots, slots, tables, prepared, scratch.thresholds, best, out)
+    for counts in (True, False):
+        sampling_rows.draw_prepared(logits, slots, slots, tables, prepared, scratch.thresholds, best, out, counts)
     logprobs.logprobs(logits, slots, out, tables, logprobs.LogprobRows.make(rows, vocab_size, device))
     compiled[:] = {kernel.hash: kernel for kernel in compiled}.values()  # the passes of a search are few kernels
 
@@ -517,7 +519,7 @@ def norm_of_experts() -> None:
 
 
 def drafts() -> None:
-    from baton.kernels.triton import draft_inputs, step_inputs
+    from baton.kernels.triton import draft_inputs, sampling_rows, step_inputs
     from baton.kernels.triton import drafts as module
 
     def ids(*shape: int) -> torch.Tensor:
@@ -527,8 +529,9 @@ def drafts() -> None:
     places = draft_inputs.Places(ids(256), ids(256), ids(256), ids(256))
     inputs = step_inputs.StepInputs(ids(64), ids(64), ids(64), ids(64), ids(64, 64))
     draft_inputs.gather_drafts(ids(256), ids(256), kept.state, kept.drafts, ids(257, 64), 64, inputs, places, 4)
-    results = ids(64, 12)
-    module.accept(ids(64), ids(64), places, kept, results)
+    results = ids(64, module.IDS.value + 7 + 1)
+    tables = sampling_rows.SlotTables.make(257, 151936, "meta")
+    module.accept(ids(64), ids(64), places, kept, results, tables)
     module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2, followed=4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -13,24 +14,31 @@ from baton.models.cuda.draft_budget import DraftBudget
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import make
 
-SEEDED = {"temperature": 1.1, "seed": 6}
+SEEDED = {"temperature": 0.2, "seed": 6}
+BIAS = tuple((20 + number, 9.0 - 0.3 * number) for number in range(9))
+"""Few tokens are likely, so that the last ones of them say which is next."""
+PENALISED = {"frequency_penalty": 1.1, "presence_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": BIAS}
 NAMED = {"logprobs": True, "top_logprobs": 2}
 
 
 def test_tokens_are_those_of_steps_without_drafts(make_model):
     """Guards against drafts that are kept though another token is drawn, positions that the host knows a step late, KV
-    of rejected drafts, and a row that gets the drafts, tokens or log probabilities of another. Right drafts of one
-    sequence, and wrong ones of the other; then drafts beside parts of a prompt and masks, and up to a last token."""
+    of rejected drafts, a row that gets the drafts, tokens or log probabilities of another, and penalties and bad words
+    that drafts before a token, or rejected ones, change. Right drafts of one sequence, and wrong ones of the other;
+    then drafts beside parts of a prompt and masks, and up to a last token."""
     folder = make_model("llama", num_hidden_layers=1).folder
     late, plain = make(folder, max_rows=2, most_drafts=3, mixed_tokens=8, deterministic=True)
     ahead, count, prompts = Ahead(late, most_drafts=3), 10, [[9, 8, 7, 6, 5, 4], [1, 2, 3]]
-    right = [one_after_the_other(plain, prompts[0], [20, 21], count, **SEEDED)]
-    right.append(one_after_the_other(plain, prompts[1], [20, 21], count))
+    free = one_after_the_other(plain, prompts[0], [20, 21], count, **SEEDED, **PENALISED)
+    edits = {**PENALISED, "bad_words": tuple(pairwise(free))[::3]}
+    right = [one_after_the_other(plain, prompts[0], [20, 21], count, **SEEDED, **edits)]
+    right.append(one_after_the_other(plain, prompts[1], [20, 21], count, **PENALISED))
+    assert right[0] != free
     known = [*prompts[1], *right[1]]
     wrong = [(known[n], known[n + 1], (known[n + 2] + 1) % 131) for n in range(1, len(known) - 2)]
     ahead.predictions = {0: [*prompts[0], *right[0]], 1: [token for each in wrong for token in each]}
-    ahead.start(0, prompts[0], [1, 0], max_tokens=count, **SEEDED, **NAMED)
-    ahead.start(1, prompts[1], [4, 3])
+    ahead.start(0, prompts[0], [1, 0], max_tokens=count, **SEEDED, **NAMED, **edits)
+    ahead.start(1, prompts[1], [4, 3], **PENALISED)
     while len(ahead.known[1]) < len(prompts[1]) + count:
         ahead.launch([0, 1])
     assert ahead.generated(0) == right[0][:count]  # and no token behind the last
@@ -46,7 +54,7 @@ def test_tokens_are_those_of_steps_without_drafts(make_model):
 
     other = [*range(30, 62)]
     masked = one_after_the_other(plain, other, [20, 21, 22], 3, grammar=GRAMMAR)
-    ahead.start(0, prompts[0], [6, 7], max_tokens=count, **SEEDED)
+    ahead.start(0, prompts[0], [6, 7], max_tokens=count, **SEEDED, **edits)
     ahead.launch([0])
     ahead.start(1, other, [8, 9, 10], grammar=GRAMMAR)
     for _ in range(4):
