@@ -15,6 +15,11 @@ FP8_AIM = 4
 bring it, and waits in between: several do both at a time."""
 
 
+ALONE = 4
+"""With fewer programs a multiprocessor, where chunks are fixed, each token of a sequence reads alone: there is room for
+all at once, and one program would merge the parts of several tokens one after the other."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """What can be said of a step before its sequences are known: how many chunks it has at most, and how large.
@@ -73,8 +78,9 @@ def fixed_plan(
     if chunk_tokens % TILE:
         raise ValueError(f"chunk_tokens {chunk_tokens} is not a multiple of {TILE}")
     num_chunks = num_rows * -(-max_tokens // chunk_tokens)
-    stages = _stages(num_chunks * kv_heads, num_sms, aim)
-    return DecodePlan(num_chunks, stages, chunk_tokens=chunk_tokens, queries=queries)
+    programs = num_chunks * kv_heads
+    together = 1 if programs < ALONE * num_sms else queries
+    return DecodePlan(num_chunks, _stages(programs, num_sms, aim), chunk_tokens=chunk_tokens, queries=together)
 
 
 def _stages(programs: int, num_sms: int, aim: int) -> int:

@@ -29,12 +29,10 @@ from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
 class DraftSlots:
     """`num_slots` slots and the one of padding behind them, with up to `most_drafts` drafts each; steps of up to
-    `num_tokens` tokens; sequences of up to `max_len`. queries: tokens of a sequence that attention takes together."""
+    `num_tokens` tokens; sequences of up to `max_len`."""
 
-    def __init__(
-        self, queue: Queue, num_slots: int, num_tokens: int, most_drafts: int, max_len: int, queries: int = 1
-    ) -> None:
-        self.most_drafts, self.queries = most_drafts, queries
+    def __init__(self, queue: Queue, num_slots: int, num_tokens: int, most_drafts: int, max_len: int) -> None:
+        self.most_drafts = most_drafts
         self._queue, self._max_len = queue, max_len
         room = max_len + most_drafts + 1
         before = MAX_PREDICTION_TOKENS + MOST_ANSWER_TOKENS
@@ -85,11 +83,18 @@ class DraftSlots:
         self._begun.clear()
 
     def gather(
-        self, slots: torch.Tensor, most: torch.Tensor, tables: torch.Tensor, block_tokens: int, inputs: StepInputs
+        self,
+        slots: torch.Tensor,
+        most: torch.Tensor,
+        tables: torch.Tensor,
+        block_tokens: int,
+        inputs: StepInputs,
+        queries: int = 1,
     ) -> None:
-        """Fills `inputs` for rows of these slots, with up to `most` drafts each, int32 [rows], -1: padding."""
+        """Fills `inputs` for rows of these slots, with up to `most` drafts each, int32 [rows], -1: padding. queries:
+        tokens of a sequence that attention takes together."""
         kept = self.kept
-        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self.places, self.queries)
+        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self.places, queries)
 
     def share_out(self, lengths: torch.Tensor, plan: DecodePlan, work: torch.Tensor) -> None:
         """Attention's work for the tokens that `gather` laid out last."""

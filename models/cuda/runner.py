@@ -134,8 +134,7 @@ class CudaRunner:
         self.kv_dtype = self.kv_format.dtype
         self.drafts: DraftSlots | None = None
         if limits.most_drafts:
-            together = 1 if config.latent is not None else queries_of(config.group_size)
-            self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len, together)
+            self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len)
         kept = None if self.drafts is None else self.drafts.kept
         self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size, peers, kept)
         if self.drafts is not None:
@@ -506,7 +505,7 @@ class CudaRunner:
         bound, num_rows = self._bind(), len(inputs.tokens)
         header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
         if self.drafts is not None:
-            self.drafts.gather(header[0], header[1], bound.slots.tables, bound.block_tokens, inputs)
+            self.drafts.gather(header[0], header[1], bound.slots.tables, bound.block_tokens, inputs, plan.queries)
             self.drafts.share_out(inputs.lengths, plan, bound.scratch.work)
         else:
             slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
@@ -824,7 +823,7 @@ class CudaRunner:
             deterministic = self._limits.deterministic
             return plan_latent_rows(num_rows, self._own.num_heads, max_tokens, num_sms, deterministic)
         aim = FP8_AIM if self.kv_format.quantised else 1
-        queries = 1 if self.drafts is None else self.drafts.queries
+        queries = 1 if self.drafts is None else queries_of(self.config.group_size)
         if self._limits.deterministic:
             return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim, queries=queries)
         return split_plan(num_rows, kv_heads, num_sms, aim, queries)

@@ -89,7 +89,8 @@ def test_queries_that_read_together(device, heads, block_tokens, window, chunk_t
     sequences, together = [(130, 3), (67, 6), (2, 1)], 16 // (heads[0] // heads[1])
     plan = DecodePlan(30, 3, splits=2, queries=together)
     if chunk_tokens:
-        plan = fixed_plan(13, heads[1], 130, 132, chunk_tokens, queries=together)
+        plan = fixed_plan(13, heads[1], 130, 1, chunk_tokens, queries=together)
+        assert plan.queries == together and fixed_plan(13, heads[1], 130, 132, queries=together).queries == 1
     dtype = torch.bfloat16
     checks.check_queries_together(device, dtype, checks.Heads(*heads), sequences, block_tokens, plan, window, scales)
 
