@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baton.models import weights
 from baton.models.config import ModelConfig
 from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
-from baton.models.places import WeightCut
+from baton.models.places import PlainPlace, WeightCut
 from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.weights import load_weights
@@ -130,3 +131,15 @@ def test_projections_with_inputs_in_several_orders_get_plain_numbers():
 
     assert keep_quantised([part(1), part(2)], WeightCut.whole(64), None, "cpu") is None
     assert keep_quantised([part(1), part(1)], WeightCut.whole(64), None, "cpu") is not None
+
+
+def test_codes_of_8_bits_stay_in_the_file():
+    """Guards against a rank that brings all of a file's codes to its device for a part of them."""
+    form = QuantizedWeight(torch.zeros(8, 256, dtype=torch.int8), torch.ones(8, 1), 1, 256)
+    kept = keep_quantised([KeptPart(form, WeightCut(8, range(4, 8)))], WeightCut.whole(256), None, "meta")
+    assert kept is not None
+    stored = {"weight": form.codes, "weight_scale": form.scales}
+    moved = weights._moved(stored, kept[1][0])
+    assert moved["weight"] is form.codes and moved["weight_scale"].is_meta
+    plain = weights._moved(stored, PlainPlace(torch.empty(4, 256, device="meta"), (WeightCut.whole(8),)))
+    assert plain["weight"].is_meta, "it is dequantised there"
