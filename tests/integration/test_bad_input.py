@@ -178,9 +178,10 @@ def all_ports(cluster: Cluster) -> dict[str, int]:
 
 
 def test_the_attacked_ports_exist(cluster: Cluster) -> None:
-    """Guards against a missed port: control and HTTP of the proxy; endpoint and data of each worker."""
+    """Guards against a missed port: control and HTTP of the proxy; endpoint and data of each worker, of a decode worker
+    also data by layers, from workers with stages."""
     names = [place.partition(":")[0] for place in all_ports(cluster)]
-    assert {name: names.count(name) for name in names} == {"proxy": 2, "prefill-0": 2, "decode-0": 2}
+    assert {name: names.count(name) for name in names} == {"proxy": 2, "prefill-0": 2, "decode-0": 3}
 
 
 def test_random_bytes(cluster: Cluster) -> None:

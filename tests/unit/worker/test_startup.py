@@ -18,6 +18,7 @@ from baton.models.kv_format import KvFormat
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
+from baton.prefill.settings import PrefillSettings
 from baton.worker.build_cpu import checked_planes, choose_device, load_model, longest_known, pool_blocks
 from baton.worker.kv_layout import layout_of
 from baton.worker.main import serve
@@ -153,6 +154,19 @@ def test_a_model_is_bound_to_its_pool():
     assert drawn is not None and 0 <= drawn.token_ids[0] < model.config.vocab_size
     assert model.pool.digests([[2]]) != before
     model.pool.close()
+
+
+def test_only_prefill_workers_have_stages():
+    """Guards against a decode worker whose tokens wait for all stages in turn, and stages that no GPU has yet."""
+    settings = DecodeSettings(pp=2, num_blocks=4)
+    for role in ("decode", "mixed"):
+        with pytest.raises(
+            SettingsError, match=f"--pp 2: a {role} worker has one stage.*only prefill workers have more"
+        ):
+            load_model(settings, settings.worker_sizes("cpu"), "cpu", role, locate_model("demo"))
+    prefill = PrefillSettings(pp=2, num_blocks=4)
+    with pytest.raises(SettingsError, match="--pp 2: the stages of a worker compute on CPUs only"):
+        load_model(prefill, prefill.worker_sizes("cuda"), "cuda", "prefill", locate_model("demo"))
 
 
 # ---- start and end
