@@ -64,8 +64,9 @@ def test_scores_within_bounds(device, plan, scales):
     checks.check_decode_attention(device, dtype, heads, [30, 150], 16, plan, 40, scales=scales, scores=rule)
 
 
-@pytest.mark.parametrize("plan", [WHOLE, PIECES, SHARED])
-@pytest.mark.parametrize(("scales", "window"), [("none", None), ("none", 40), ("token", None)])
+@pytest.mark.parametrize(
+    ("plan", "scales", "window"), [(WHOLE, "none", 40), (PIECES, "token", None), (SHARED, "none", None)]
+)
 def test_sinks(device, plan, scales, window):
     """Guards against a sink that counts once a part of a sequence, or of another head."""
     heads, dtype = checks.Heads(4, 2, 64), torch.float32 if scales == "none" else torch.bfloat16
