@@ -37,7 +37,7 @@ SIDE_BY_SIDE_ROWS = 64
 """Of a sum at a time: the programs of all ranks have to be on the GPU together."""
 
 
-class Turns:
+class OneAtATime:
     """One thread of `count` runs at a time; `meet` lets the others get as far."""
 
     def __init__(self, count: int) -> None:
@@ -73,7 +73,7 @@ class DeviceRanks:
         policy: Policy | None = None,
     ) -> None:
         """queues: of each rank, on one device."""
-        count, self._turns = len(queues), None if queues[0].device.startswith("cuda") else Turns(len(queues))
+        count, self._turns = len(queues), None if queues[0].device.startswith("cuda") else OneAtATime(len(queues))
         self.config, self.run_ahead = config, limits.run_ahead
         self.memories: list[torch.Tensor] = []
         self.peers: list[DevicePeers] = []

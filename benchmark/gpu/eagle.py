@@ -64,7 +64,7 @@ class Acceptance:
         slots.copy_(torch.where(taken, wanted, slots))
 
 
-class Streams:
+class EagleRows:
     """Rows that decode from random contexts, in the slots of their numbers."""
 
     def __init__(self, runner: CudaRunner, rows: int, num_blocks: int, most: int) -> None:
@@ -153,7 +153,7 @@ def _measure(lines: JsonLines, runners: Sequence[CudaRunner], rows: int, most: i
     a_step = 0.0
     for _ in range(TURNS):
         for number, runner in enumerate(runners):
-            streams = Streams(runner, rows, num_blocks, most * number)
+            streams = EagleRows(runner, rows, num_blocks, most * number)
             rates[number].append(_rate(streams))
             gpu[number].append(statistics.median(streams.gpu_s[8:]))
             a_step = streams.tokens / STEPS / rows
@@ -165,6 +165,6 @@ def _measure(lines: JsonLines, runners: Sequence[CudaRunner], rows: int, most: i
     )  # fmt: skip
 
 
-def _rate(streams: Streams) -> float:
+def _rate(streams: EagleRows) -> float:
     seconds = streams.run()
     return streams.tokens / seconds

@@ -94,7 +94,7 @@ def norm_us(num_rows: int, ranks: RankInbox | None, gpu: int, *, pdl: bool) -> f
 
 
 def nccl_us(num_rows: int, gpu: int, rank: Rank, port: int) -> float:
-    """Of torch's all-reduce of so many rows, which the norm would follow; without multicast if NCCL is told so."""
+    """Of torch's all-reduce of so many rows, which the norm would follow; without multicast if NCCL is set so."""
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("nccl", init_method=address, rank=rank.index, world_size=rank.count)
     x, times = torch.randn(num_rows, NORM_WIDTH, device=f"cuda:{gpu}").bfloat16(), []
@@ -110,7 +110,7 @@ def nccl_us(num_rows: int, gpu: int, rank: Rank, port: int) -> float:
     return sorted(times)[len(times) // 2] * 1e3 / MANY_CALLS
 
 
-class RankSteps:
+class RankSide:
     """One rank's part of a shape, with random weights and KV."""
 
     def __init__(self, shape: str, rank: Rank, gpu: int, quantization: str, cells: str) -> None:
@@ -185,7 +185,7 @@ def on_one_gpu(lines: JsonLines, shapes: Sequence[str], quantization: str, cells
             sizes = {"ranks": count, "gpus": 1, "rows": rows, "width": NORM_WIDTH, "pdl": pdl}
             lines.put("norm", **sizes, us=round(found_us, 2), plain_us=round(plain_us, 2))
     for shape, _, num_ranks in (each.partition(":") for each in shapes):
-        part = RankSteps(shape, Rank(0, int(num_ranks)), 0, quantization, cells)
+        part = RankSide(shape, Rank(0, int(num_ranks)), 0, quantization, cells)
         runners = {exchanges: part.runner(exchanges=exchanges) for exchanges in (True, False)}
         for cell in cells.split(","):
             for exchanges, runner in runners.items():
@@ -209,7 +209,7 @@ class RankServer:
         self._rank, self._gpu = rank, gpu
         self._norms = norm_memory(rank, gpu)
         self._many: GroupMemory | None = None
-        self._steps: RankSteps | None = None
+        self._steps: RankSide | None = None
         self._runner: CudaRunner | None = None
 
     def answer(self, request: list[Any]) -> Any:
@@ -237,7 +237,7 @@ class RankServer:
             case ["load", shape, quantization, cells]:
                 self._steps = self._runner = None
                 torch.cuda.empty_cache()
-                self._steps = RankSteps(shape, self._rank, self._gpu, quantization, cells)
+                self._steps = RankSide(shape, self._rank, self._gpu, quantization, cells)
                 self._runner = self._steps.runner()
                 assert self._steps.memory is not None, "of several ranks"
                 return self._steps.memory.handle
@@ -250,7 +250,7 @@ class RankServer:
         raise ValueError(f"unknown request {request}")
 
 
-class Group:
+class RankProcesses:
     """Processes of all ranks; this one is rank 0."""
 
     def __init__(self, gpus: Sequence[int]) -> None:
@@ -270,7 +270,7 @@ class Group:
 
 
 def on_gpus(lines: JsonLines, gpus: Sequence[int], shapes: Sequence[str], quantization: str, cells: str) -> None:
-    group, count = Group(gpus), len(gpus)
+    group, count = RankProcesses(gpus), len(gpus)
     group.ask("connect_norms", group.ask("norms"))
     for rows in NORM_ROWS:
         for pdl in (False, True):
@@ -304,7 +304,7 @@ def on_gpus(lines: JsonLines, gpus: Sequence[int], shapes: Sequence[str], quanti
 def alone(lines: JsonLines, shapes: Sequence[str], quantization: str, cells: str) -> None:
     """Steps of one rank that has all of the model."""
     for shape in shapes:
-        whole = RankSteps(shape, Rank(), 0, quantization, cells)
+        whole = RankSide(shape, Rank(), 0, quantization, cells)
         runner = whole.runner()
         for cell in cells.split(","):
             names: dict[str, object] = {

@@ -35,7 +35,7 @@ UNITS = 8
 TIMEOUT_S = 60.0
 
 
-class UnitPool(Protocol):
+class ReshardedPool(Protocol):
     """The memory of a rank's units."""
 
     @property
@@ -91,7 +91,7 @@ class GroupEnd:
     def __init__(self, where: str, name: str, ranks: int, num_blocks: int) -> None:
         self._cut, self._num_blocks = Cut.even(UNITS, ranks, 1), num_blocks
         context = Context(Credentials("prefill" if name == NAMES[0] else "decode"))
-        self._pools: list[UnitPool] = []
+        self._pools: list[ReshardedPool] = []
         for rank in range(ranks):
             count = num_blocks * len(self._cut.units(rank))
             self._pools.append(HostUnits(count) if where == HOST else DeviceUnits(count, int(where)))
@@ -120,7 +120,7 @@ class GroupEnd:
         for pool in self._pools:
             pool.close()
 
-    def _expected(self, rank: int, pool: UnitPool, seed: int) -> torch.Tensor:
+    def _expected(self, rank: int, pool: ReshardedPool, seed: int) -> torch.Tensor:
         held = self._cut.units(rank)
         blocks = torch.arange(self._num_blocks, device=pool.units.device)[:, None] * UNITS
         numbers = (blocks + torch.arange(held.start, held.stop, device=pool.units.device)).view(-1, 1) + (seed << 32)

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
-from baton.kernels.triton.rank_words import Phase, RankInbox, give_up, sum_over_ranks
+from baton.kernels.triton.rank_words import ExchangePhase, RankInbox, give_up, sum_over_ranks
 from baton.kernels.triton.routed_sum import RoutedSum, routed_sum
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
@@ -167,7 +167,7 @@ def _launch(
     if ranks is not None:
         ranks.check(width, values.dtype if residual is None else residual.dtype)
 
-    def launch(first_row: int, count: int, phase: Phase) -> None:
+    def launch(first_row: int, count: int, phase: ExchangePhase) -> None:
         _norm_kernel[(count,)](
             values if parts is None else parts,
             values if residual is None else residual,
@@ -211,7 +211,7 @@ def _launch(
         )
 
     if ranks is None:
-        launch(0, num_rows, Phase(False, False, True))
+        launch(0, num_rows, ExchangePhase(False, False, True))
         return
     for first_row in range(0, num_rows, ranks.rows):
         for phase in ranks.phases():

@@ -38,7 +38,7 @@ SHORT_TAG = tl.constexpr(0xFFFF)
 STALE, LATE = tl.constexpr(2), tl.constexpr(1)
 
 
-class Phase(NamedTuple):
+class ExchangePhase(NamedTuple):
     """What a launch of an exchange does of it."""
 
     sends: bool
@@ -47,7 +47,7 @@ class Phase(NamedTuple):
     takes: bool
 
 
-WHOLE_EXCHANGE = Phase(True, True, True)
+WHOLE_EXCHANGE = ExchangePhase(True, True, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,14 @@ class RankInbox:
         require(self.words.dtype == word_type(dtype), f"words of {self.words.dtype} for numbers of {dtype}")
         require(not self.two_steps or width == self.words.shape[3], "pieces are those of the inbox's rows")
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[ExchangePhase]:
         """Of each launch of an exchange."""
         if self.meet is None:
             return [WHOLE_EXCHANGE]
-        added = [Phase(False, True, False)] if self.two_steps else []
-        return [Phase(True, False, False), *added, Phase(False, False, True)]
+        added = [ExchangePhase(False, True, False)] if self.two_steps else []
+        return [ExchangePhase(True, False, False), *added, ExchangePhase(False, False, True)]
 
-    def between(self, phase: Phase) -> None:
+    def between(self, phase: ExchangePhase) -> None:
         """Before the launch of a phase."""
         if self.meet is not None and not phase.sends:
             self.meet()

@@ -40,7 +40,7 @@ Parts: TypeAlias = "tuple[LowRank | None, ...]"
 """Of a product, one a part of its outputs, in the order of the outputs; None: nothing is added there."""
 
 
-class ProductShape(NamedTuple):
+class AdaptedProduct(NamedTuple):
     """A product that an adapter may change."""
 
     num_inputs: int
@@ -101,19 +101,19 @@ class Adapter:
         return sum(tensors.values())
 
 
-def adapted_products(config: ModelConfig) -> tuple[dict[str, ProductShape], ...]:
+def adapted_products(config: ModelConfig) -> tuple[dict[str, AdaptedProduct], ...]:
     """By name, the products of each layer that adapters may change: attention over keys and values, dense MLPs."""
     return tuple(layer_products(shape, config.hidden_size) for shape in describe(config))
 
 
-def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, ProductShape]:
+def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
     products = {}
     attention, mlp = shape.attention, shape.mlp
     if isinstance(attention, GroupedAttention):
         query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-        products["qkv"] = ProductShape(hidden_size, (query, key, key))
-        products["o"] = ProductShape(query, (hidden_size,))
+        products["qkv"] = AdaptedProduct(hidden_size, (query, key, key))
+        products["o"] = AdaptedProduct(query, (hidden_size,))
     if isinstance(mlp, DenseMlp):
-        products["gate_up"] = ProductShape(hidden_size, (mlp.width, mlp.width))
-        products["down"] = ProductShape(mlp.width, (hidden_size,))
+        products["gate_up"] = AdaptedProduct(hidden_size, (mlp.width, mlp.width))
+        products["down"] = AdaptedProduct(mlp.width, (hidden_size,))
     return products

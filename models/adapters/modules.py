@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from baton.models.adapters.adapter import ProductShape, adapted_products
+from baton.models.adapters.adapter import AdaptedProduct, adapted_products
 from baton.models.config import ModelConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
@@ -31,17 +31,17 @@ class ProductPlace(NamedTuple):
     layer: int
     product: str
     first_part: int
-    shape: ProductShape
+    shape: AdaptedProduct
     """Of the module: its inputs, and the outputs of each part that it has."""
 
 
-Place: TypeAlias = "ProductPlace | ProductShape"
-"""ProductShape: of the embedding or the head."""
+Place: TypeAlias = "ProductPlace | AdaptedProduct"
+"""AdaptedProduct: of the embedding or the head."""
 
 
 def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     """All modules of the model that an adapter may change, by name."""
-    vocabulary = ProductShape(config.hidden_size, (config.vocab_size,))
+    vocabulary = AdaptedProduct(config.hidden_size, (config.vocab_size,))
     places: dict[str, Place] = {EMBEDDING: vocabulary, LM_HEAD: vocabulary}
     for layer, products in enumerate(adapted_products(config)):
         for product, shape in products.items():
@@ -51,13 +51,13 @@ def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def _modules(product: str, shape: ProductShape, merged: bool) -> list[tuple[str, int, ProductShape]]:
+def _modules(product: str, shape: AdaptedProduct, merged: bool) -> list[tuple[str, int, AdaptedProduct]]:
     """Name, first part and shape of each module that makes up a product."""
     for name, of in MERGED.items():
         if merged and of == product:
             return [(name, 0, shape)]
     return [
-        (name, part, ProductShape(shape.num_inputs, (shape.outputs[part],)))
+        (name, part, AdaptedProduct(shape.num_inputs, (shape.outputs[part],)))
         for name, (of, part) in SEPARATE.items()
         if of == product
     ]

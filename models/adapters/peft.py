@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts, ProductShape
+from baton.models.adapters.adapter import AdaptedProduct, Adapter, LayerAdapter, LowRank, Parts
 from baton.models.adapters.modules import EMBEDDING, LM_HEAD, Place, ProductPlace, adapted_modules
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
@@ -123,7 +123,7 @@ def _checked(name: str, tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
 def _check_base(name: str, module: str, tensor: torch.Tensor, places: Mapping[str, Place], base_rows: BaseRows) -> None:
     """PEFT saves the embedding and the head with an adapter that changes them: the model's own, or others."""
     place = places.get(module)
-    if not isinstance(place, ProductShape) or tuple(tensor.shape) != (place.num_outputs, place.num_inputs):
+    if not isinstance(place, AdaptedProduct) or tuple(tensor.shape) != (place.num_outputs, place.num_inputs):
         raise AdapterError(f"tensor {excerpt(name)}: {list(tensor.shape)} is no weight of this model")
     count = min(BASE_ROWS, len(tensor))
     rows = sorted({number * (len(tensor) - 1) // max(1, count - 1) for number in range(count)})
@@ -155,14 +155,14 @@ class _Assembler:
             elif module == LM_HEAD:
                 lm_head = (self._scaled(module, pair, place, has_bias=False),)
             else:
-                embedding = self._scaled(module, pair, ProductShape(place.num_outputs, (place.num_inputs,)), True)
+                embedding = self._scaled(module, pair, AdaptedProduct(place.num_outputs, (place.num_inputs,)), True)
         return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
 
     def _has_bias(self, product: str) -> bool:
         config = self._config
         return {"qkv": config.qkv_bias, "o": config.o_bias}.get(product, config.mlp_bias)
 
-    def _scaled(self, module: str, pair: Mapping[str, torch.Tensor], shape: ProductShape, has_bias: bool) -> LowRank:
+    def _scaled(self, module: str, pair: Mapping[str, torch.Tensor], shape: AdaptedProduct, has_bias: bool) -> LowRank:
         """The pair with the scaling in b, float32."""
         for side, other in (("a", "lora_B"), ("b", "lora_A")):
             if side not in pair:
@@ -196,7 +196,7 @@ def _no_parts(product: str) -> list[LowRank | None]:
     return [None] * {"qkv": 3, "gate_up": 2}.get(product, 1)
 
 
-def _cut(pair: LowRank, shape: ProductShape) -> list[LowRank | None]:
+def _cut(pair: LowRank, shape: AdaptedProduct) -> list[LowRank | None]:
     sizes = list(shape.outputs)
     scales = [None] * len(sizes) if pair.row_scale is None else pair.row_scale.split(sizes)
     return [LowRank(pair.a, rows, scale) for rows, scale in zip(pair.b.split(sizes), scales, strict=True)]

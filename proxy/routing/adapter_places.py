@@ -1,7 +1,7 @@
 """Where adapters are among the workers, and what it costs to have one elsewhere. Pure.
 
 An adapter that is in no slot of a worker takes a copy from the host's memory there, or has to be read first. That is a
-cost in seconds beside the others of the router; equal workers are told apart by the adapter's digest, so that an
+cost in seconds beside the others of the router; equal workers are distinguished by the adapter's digest, so that an
 adapter that is nowhere settles on few of them.
 """
 

@@ -15,7 +15,7 @@ An idle decode worker prefills as soon as a request waits, a busy one only when 
 stay away from workers with many answers. Requests whose prompts are on their way count as answers.
 
 An adapter that is in no slot of a worker is loaded there first: its seconds are a part of each of these costs. Equal
-workers are told apart by the adapter, so that requests of one settle on few of them.
+workers are distinguished by the adapter, so that requests of one settle on few of them.
 
 A request whose answer has a grammar goes to a pair of workers with equal versions of the library that makes its masks:
 others may draw different tokens for one seed, and refuse each other's.

@@ -1,6 +1,6 @@
 """A step on GPUs as rank 0 tells it to the others: whole rows, since every rank draws all tokens by itself.
 
-What a slot keeps on the device is not told again: of a row that continues what its slot has, no history.
+What a slot keeps on the device is not sent again: of a row that continues what its slot has, no history.
 """
 
 from __future__ import annotations

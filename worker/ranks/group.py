@@ -21,8 +21,8 @@ from baton.worker.ranks.links import RankLink, pair
 from baton.worker.ranks.members import (
     NO_RANKS,
     Deliver,
+    MemberWatch,
     NoRanks,
-    Watch,
     answers,
     reap,
     shared_bytes,
@@ -57,7 +57,7 @@ class RankGroup:
                 link.close()
         self.on_lost: Callable[[], None] = lambda: None
         """Called when a rank is lost, before anything else: ends waits that are not at a link."""
-        self._watch = Watch(self._controls, self.links, lambda: self.on_lost())
+        self._watch = MemberWatch(self._controls, self.links, lambda: self.on_lost())
 
     def peers(self, vocab_size: int) -> ProcessPeers:
         """Of rank 0."""

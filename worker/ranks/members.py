@@ -68,7 +68,7 @@ class NoRanks:
 NO_RANKS = NoRanks()
 
 
-class Watch:
+class MemberWatch:
     """Notices that one of some processes is gone; `controls`: the links to them. Made in the main thread."""
 
     def __init__(

@@ -14,7 +14,17 @@ import msgspec
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.node.errors import SettingsError
 from baton.worker.ranks.links import RankLink, pair
-from baton.worker.ranks.members import Deliver, NoRanks, Ranks, Watch, answers, pool_made, reap, start_process, tell
+from baton.worker.ranks.members import (
+    Deliver,
+    MemberWatch,
+    NoRanks,
+    Ranks,
+    answers,
+    pool_made,
+    reap,
+    start_process,
+    tell,
+)
 from baton.worker.ranks.messages import ModelPart, RankReady, StageStart, encode
 from baton.worker.stages.links import stage_pair
 
@@ -51,7 +61,7 @@ class StageGroup:
         for index in range(1, count):
             for link in (links[index - 1][1], links[index][0]):
                 link.close()
-        self._watch = Watch(self._controls, [self.following, self.last])
+        self._watch = MemberWatch(self._controls, [self.following, self.last])
 
     def with_ranks(self, ranks: Ranks) -> StageGroup:
         """From now on it watches and ends these too."""

@@ -68,7 +68,7 @@ def test_the_share_of_each_worker_is_printed() -> None:
 
 
 def test_ranks_take_gpus_that_follow_one_another():
-    """Guards against ranks of two workers that share a GPU while another is free, and a worker that is told one GPU of
+    """Guards against ranks of two workers that share a GPU while another is free, and a worker that is given one GPU of
     several that it will use."""
     placed = place({"prefill-0": 2, "decode-0": 1, "decode-1": 2}, [0, 1, 2, 3])
     assert [list(placed[name].gpus) for name in placed] == [[0, 1], [2], [0, 1]]

@@ -36,7 +36,7 @@ MakeEnd = Callable[[str, Plane], Plane]
 
 
 @dataclass
-class Group:
+class PooledRanks:
     """A worker's ranks with their pools."""
 
     name: str
@@ -66,9 +66,9 @@ class Rig:
     def __init__(self) -> None:
         self.context = Context(Credentials("decode"))
         self.fabric = LoopbackFabric()
-        self.groups: list[Group] = []
+        self.groups: list[PooledRanks] = []
 
-    def group(self, name: str, ranks: int, kind: str = "loopback") -> Group:
+    def group(self, name: str, ranks: int, kind: str = "loopback") -> PooledRanks:
         cut = Cut.even(UNITS, ranks, LAYERS)
         held = [cut.units(rank) for rank in range(ranks)]
         pools = HostRankPools(
@@ -81,7 +81,7 @@ class Rig:
                 ends.append(ZmqPlane(self.context, memory, rank_name(name, rank)))
             else:
                 ends.append(ShmPlane(memory) if kind == "shm" else self.fabric.plane(rank_name(name, rank), memory))
-        group = Group(name, pools, ShardedPlane(cut, NUM_BLOCKS, ends))
+        group = PooledRanks(name, pools, ShardedPlane(cut, NUM_BLOCKS, ends))
         for other in self.groups:
             other.plane.connect(name, group.plane.describe())
             group.plane.connect(other.name, other.plane.describe())
@@ -102,7 +102,9 @@ def rig() -> Iterator[Rig]:
     rig.close()
 
 
-def move(sender: Group, receiver: Group, key: ChunkKey, source: list[int], blocks: list[int], polls: int = 2000):  # type: ignore[no-untyped-def]
+def move(
+    sender: PooledRanks, receiver: PooledRanks, key: ChunkKey, source: list[int], blocks: list[int], polls: int = 2000
+):  # type: ignore[no-untyped-def]
     receiver.plane.post_receive(sender.name, key, source, blocks)
     sender.plane.post_send(receiver.name, key, source)
     done: list[IoDone] = []
@@ -199,7 +201,7 @@ class Ended:
 class Exchanges:
     """The transfer protocol of a prefill and a decode group in one thread."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[PooledRanks]) -> None:
         self.now = 0.0
         self._mail: list[tuple[str, str, Message]] = []
         self.ends = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, ProductShape, adapted_products
+from baton.models.adapters.adapter import AdaptedProduct, Adapter, LayerAdapter, LowRank, adapted_products
 from baton.models.config import ModelConfig
 
 DEMO = Path(__file__).resolve().parents[4] / "models" / "demo"
@@ -30,5 +30,5 @@ def test_products_have_the_shapes_of_the_weights() -> None:
     products = adapted_products(config)
     assert len(products) == config.num_layers
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    assert products[0]["qkv"] == ProductShape(config.hidden_size, (query, key, key))
-    assert products[0]["down"] == ProductShape(config.intermediate_size, (config.hidden_size,))
+    assert products[0]["qkv"] == AdaptedProduct(config.hidden_size, (query, key, key))
+    assert products[0]["down"] == AdaptedProduct(config.intermediate_size, (config.hidden_size,))

@@ -14,7 +14,7 @@ from baton.kernels.triton.norm import add_rms_norm
 from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
 from baton.models.partition import Rank
 from baton.node.errors import PeerLost
-from baton.testing.device_ranks import Turns
+from baton.testing.device_ranks import OneAtATime
 from baton.tests.unit.kernels.interpreter_bf16 import install
 
 if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ def shapes(count: int, dtype: torch.dtype) -> tuple[InboxShape, ...]:
     return InboxShape(ROWS, WIDTH, words, sums=True), InboxShape(2, 1, torch.int64), InboxShape(1, share, words)
 
 
-def connected(count: int, dtype: torch.dtype, turns: Turns) -> list[DevicePeers]:
+def connected(count: int, dtype: torch.dtype, turns: OneAtATime) -> list[DevicePeers]:
     layouts = [RankMemory(Rank(index, count), shapes(count, dtype)) for index in range(count)]
     memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for layout in layouts]
     peers = [DevicePeers(*pair, VOCABULARY, turns.meet) for pair in zip(layouts, memories, strict=True)]
@@ -42,7 +42,7 @@ def connected(count: int, dtype: torch.dtype, turns: Turns) -> list[DevicePeers]
 def test_all_ranks_get_the_same_sums_and_logits(count, dtype):
     """Guards against pieces of another rank, words of the exchange before, rows that an inbox has no place for, and a
     vocabulary that the number of ranks does not divide."""
-    turns = Turns(count)
+    turns = OneAtATime(count)
     peers = connected(count, dtype, turns)
     parts, residual = torch.randn(count, 2, 3, WIDTH), torch.randn(3, WIDTH).to(dtype)
     weight, logits = torch.randn(WIDTH).to(dtype), torch.randn(3, VOCABULARY).to(dtype)
@@ -68,8 +68,8 @@ def test_all_ranks_get_the_same_sums_and_logits(count, dtype):
     assert torch.equal(first[2], logits)
 
 
-@pytest.mark.parametrize(("count", "told"), [(2, False), (4, True)], ids=["by the clock", "by rank 0"])
-def test_a_rank_that_waits_in_vain_says_so(count, told):
+@pytest.mark.parametrize(("count", "stopped"), [(2, False), (4, True)], ids=["by the clock", "by rank 0"])
+def test_a_rank_that_waits_in_vain_says_so(count, stopped):
     """Guards against a kernel that spins for ever where another rank is gone, and a step whose tokens are used; and
     against steps that cannot be tried before ranks know one another."""
     layout = RankMemory(Rank(0, count), shapes(count, torch.float32))
@@ -89,7 +89,7 @@ def test_a_rank_that_waits_in_vain_says_so(count, told):
         peers.check()
     peers.connect([memory.data_ptr() for memory in memories])
     peers.check()
-    if told:
+    if stopped:
         peers.give_up()
     add()
     with pytest.raises(PeerLost, match="does not take part"):

@@ -43,7 +43,7 @@ class RecordedStep:
 
 def test_a_record_has_what_a_rank_draws_with():
     """Guards against ranks that draw different tokens: a history, a parameter or a slot that is left out; and against
-    histories that are told with every step."""
+    histories that are sent with every step."""
     begun = Row([7, 8], 0, [4, 5], Draw(SPEC, [1, 7, 8], 2, 0, (9,)), 3, PromptTargets(1, [3], 2))
     going = Row([], 33, (4, 5, 6), Draw(SPEC, list(range(33)), 2, 31), 3)
     found = decode_record(encode_step([begun, going, Row((1,), 0, (2,), None, 1)]))
