@@ -16,6 +16,8 @@ from baton.launch.local import free_port
 from baton.node.credentials import Keys, NodeRole
 from baton.node.messages.base import Message, encode
 from baton.node.messages.control import (
+    AdapterLoaded,
+    AdapterRef,
     Busy,
     Cancel,
     Cancelled,
@@ -29,6 +31,7 @@ from baton.node.messages.control import (
     KvReplay,
     KvSnapshot,
     Load,
+    LoadAdapter,
     Ping,
     Prefill,
     PromptLogprob,
@@ -167,6 +170,8 @@ def one_of_each(request_id: str) -> list[Message]:
         Ping(proxy="unknown", incarnation=1),
         Rejoin(),
         Drain(),
+        LoadAdapter(adapter=AdapterRef(digest=bytes(32), path="/nowhere")),
+        AdapterLoaded(digest=bytes(32), error="x" * 4096),
         prefill_of(request_id, "unknown/1"),
         reserve_of(request_id, "unknown/1"),
         reserve_of(request_id, ""),

@@ -13,7 +13,7 @@ from baton.node.errors import SettingsError
 from baton.simulator.fit import MeasuredStep, fit, read_steps
 from baton.simulator.latency import PROFILES, Cost, RowWork, load_profile
 
-ESTIMATED = {"h100x2-qwen3-32b"}
+ESTIMATED = {"h100x2-qwen3-32b", "h200-llama-70b"}
 """Set by arithmetic; their `about` says so."""
 SHIPPED = sorted({path.stem for path in PROFILES.glob("*.json")} - ESTIMATED)
 H200 = load_profile("h200-llama-8b")
