@@ -34,6 +34,7 @@ class Searches:
         self._rows: dict[Split, Row] = {}
         self._running: dict[Split, subprocess.Popen[str]] = {}
         self._began_at = time.monotonic()
+        self._shown = -1
 
     def run(self) -> list[Row]:
         """The rows, the best first. Raises SettingsError where a search fails."""
@@ -49,7 +50,8 @@ class Searches:
             for child in self._running.values():
                 child.kill()
             self._show()
-            print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
         return sorted(self._rows.values(), key=lambda row: -float(row[GOODPUT]))
 
     def _begin(self, split: Split, bound: Bound) -> None:
@@ -71,11 +73,16 @@ class Searches:
         self._rows[split] = json.loads(printed)
 
     def _show(self) -> None:
-        done = len(self._rows) + len(self.skipped)
+        """A bar that moves; where there is no terminal, a line as soon as another split is settled."""
+        done, draws = len(self._rows) + len(self.skipped), sys.stderr.isatty()
+        if not draws and done == self._shown:
+            return
+        self._shown = done
         total = done + len(self._running) + len(self._waiting)
         filled = BAR * done // total if total else BAR
         best = max(self._rows.values(), key=lambda row: float(row[GOODPUT]), default=None)
         text = f"; best: {best['split']}, {float(best[GOODPUT]):.4g} requests/s" if best else ""
         bar = "#" * filled + "-" * (BAR - filled)
         seconds = time.monotonic() - self._began_at
-        print(f"\r[{bar}] {done} of {total} splits, {seconds:.0f} s{text}", end="", file=sys.stderr, flush=True)
+        line = f"[{bar}] {done} of {total} splits, {seconds:.0f} s{text}"
+        print(f"\r{line}" if draws else line, end="" if draws else "\n", file=sys.stderr, flush=True)
