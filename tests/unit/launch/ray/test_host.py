@@ -124,8 +124,9 @@ def test_what_an_earlier_actor_has_left_is_drained_before_the_next(tmp_path: Pat
 def test_one_that_does_not_drain_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with open(log, "wb") as file:
-        orphan = subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 300"], stdout=file, process_group=0)
-    _until(lambda: writers_of(log) == [orphan.pid])
+        orphan = subprocess.Popen(["sh", "-c", "trap '' TERM; echo up; sleep 300"], stdout=file, process_group=0)
+    _until(lambda: "up" in log.read_text())  # it ignores the signal from here on
+    assert writers_of(log) == [orphan.pid]
     end_predecessor(log, 0.0, threading.Event())
     assert orphan.wait(30) == -signal.SIGKILL
 
