@@ -50,6 +50,12 @@ class ApiSettings:
         metavar="FOLDER",
         help="let /v1/load_lora_adapter load adapters from folders inside this one; default: none are loaded later",
     )
+    adapter_state: Path | None = option(
+        None,
+        metavar="FILE",
+        help="file that keeps the names of adapters that were loaded and unloaded, which all proxies of the model can "
+        "share; default: .baton-adapters.json inside --adapter-root",
+    )
     tool_format: str = option(
         AUTO,
         choices=TOOL_FORMATS,
@@ -133,6 +139,8 @@ class ApiSettings:
     max_n: int = option(16, help="most answers to one prompt (n)", minimum=1, maximum=1 << 16)
 
     def __post_init__(self) -> None:
+        if self.adapter_state is not None and self.adapter_root is None:
+            raise SettingsError("--adapter-state needs --adapter-root: without it no adapters are loaded")
         if not all(self.api_key):
             raise SettingsError("--api-key is empty; leave it out to serve without keys")
         if self.tenants is not None and (self.api_key or self.api_key_file is not None):

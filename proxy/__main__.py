@@ -87,7 +87,7 @@ async def serve(settings: ProxySettings) -> int:
     app_settings = AppSettings(
         aliases=tuple(aliases),
         adapter_root=settings.adapter_root,
-        is_alone=settings.proxies == 1,
+        adapter_state=settings.adapter_state,
         api_keys=api_keys(settings),
         cors_origins=settings.cors_origin,
         allowed_hosts=_allowed_hosts(settings),
@@ -125,13 +125,17 @@ async def serve(settings: ProxySettings) -> int:
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )
     server = BoundedServer(config, _tls_of(settings))
+    if service.adapter_changes is not None:
+        await service.adapter_changes.start()
     async with _answering_group(settings, service):
         dispatcher.start()
         watch_starter(settings.orphan_s, dispatcher.orphan)
         freeze_startup_objects()
         collect_rarely()
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        warming = asyncio.create_task(warm_workers(dispatcher, adapters))
+        beside = [asyncio.create_task(warm_workers(dispatcher, adapters))]
+        if service.adapter_changes is not None:
+            beside.append(asyncio.create_task(service.adapter_changes.watch()))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,7 +143,8 @@ async def serve(settings: ProxySettings) -> int:
         if settings.tenants is not None:
             loop.add_signal_handler(signal.SIGHUP, reload_tenants, service.tenants, settings.tenants, (name, *aliases))
         await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        warming.cancel()
+        for each in beside:
+            each.cancel()
         dispatcher.drain()
         server.should_exit = True  # it listens no more, so the kernel or a load balancer gives connections to others
         await asyncio.wait({task}, timeout=settings.drain_s)

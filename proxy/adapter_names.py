@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from baton.node.adapter_folder import AdapterFacts, read_facts
 from baton.node.errors import AdapterError, BadRequest, SettingsError
 from baton.node.messages.control import AdapterRef
 from baton.node.telemetry import excerpt
+from baton.proxy.adapter_state import MAX_CHANGES, KeptAdapter
 from baton.proxy.metrics.adapters import AdapterUsage
 from baton.proxy.routing.adapter_places import RequestAdapter
 
-MAX_NAMES = 10_000
+MAX_NAMES = MAX_CHANGES
 MAX_NAME_CHARACTERS = 256
 
 
@@ -47,10 +48,11 @@ class LoraModule:
 
 
 class AdapterNames:
-    """Adapters by name. `taken`: names of models, which no adapter can have."""
+    """Adapters by name: those of --lora-modules, as changed since. `taken`: names of models, which no adapter has."""
 
     def __init__(self, taken: Collection[str] = ()) -> None:
         self._taken = frozenset(taken)
+        self._modules: dict[str, NamedAdapter] = {}
         self._by_name: dict[str, NamedAdapter] = {}
 
     def __len__(self) -> int:
@@ -61,6 +63,13 @@ class AdapterNames:
 
     def find(self, name: str) -> NamedAdapter | None:
         return self._by_name.get(name)
+
+    def get(self, name: str) -> NamedAdapter:
+        """Raises BadRequest (404)."""
+        if (found := self._by_name.get(name)) is None:
+            message = f"no adapter is loaded as `{name[:128]}`"
+            raise BadRequest(message, status=404, param="lora_name", code="model_not_found")
+        return found
 
     def check(self, name: str, digest: bytes, *, in_place: bool) -> None:
         """Raises BadRequest where the name cannot mean this adapter from now on."""
@@ -76,21 +85,35 @@ class AdapterNames:
             message = f"another adapter is loaded as `{name}`; load_inplace replaces it"
             raise BadRequest(message, status=409, param="lora_name", code="adapter_exists")
 
-    def put(self, named: NamedAdapter) -> None:
-        known = self._by_name.get(named.name)
-        self._by_name[named.name] = named if known is None else replace(named, usage=known.usage)
+    def add_module(self, named: NamedAdapter) -> None:
+        """One of --lora-modules, before any change."""
+        self._modules[named.name] = self._by_name[named.name] = named
 
-    def remove(self, name: str) -> NamedAdapter:
-        """Raises BadRequest (404)."""
-        if (found := self._by_name.pop(name, None)) is None:
-            message = f"no adapter is loaded as `{name[:128]}`"
-            raise BadRequest(message, status=404, param="lora_name", code="model_not_found")
-        return found
+    def module_digest(self, name: str) -> bytes | None:
+        """Of the adapter that --lora-modules give the name."""
+        module = self._modules.get(name)
+        return None if module is None else module.adapter.ref.digest
+
+    def change(self, changes: Mapping[str, NamedAdapter | None]) -> None:
+        """The names are those of --lora-modules with these changes from now on, and no others; None: it is gone."""
+        found = {name: changes.get(name, named) for name, named in self._modules.items()} | dict(changes)
+        before = self._by_name
+        self._by_name = {
+            name: replace(named, usage=before[name].usage) if name in before else named
+            for name, named in found.items()
+            if named is not None and name not in self._taken
+        }
 
 
 def named_adapter(name: str, parent: str, root: str, folder: Path, facts: AdapterFacts) -> NamedAdapter:
     adapter = RequestAdapter(AdapterRef(facts.digest, str(folder)), facts.rank, facts.size_bytes)
     return NamedAdapter(name, parent, root, int(time.time()), adapter, AdapterUsage())
+
+
+def adapter_of(name: str, parent: str, kept: KeptAdapter) -> NamedAdapter:
+    """An adapter that was loaded under a name, perhaps by another proxy. Workers compare the digest with the folder."""
+    adapter = RequestAdapter(AdapterRef(bytes.fromhex(kept.digest), kept.folder), kept.rank, kept.size_bytes)
+    return NamedAdapter(name, parent, kept.path, kept.created, adapter, AdapterUsage())
 
 
 def folder_inside(root: Path, path: str) -> Path:
@@ -121,7 +144,7 @@ def modules_of(values: Sequence[str], models: Sequence[str]) -> AdapterNames:
             names.check(module.name, facts.digest, in_place=False)
         except (AdapterError, BadRequest) as error:
             raise SettingsError(f"--lora-modules {excerpt(value)}: {error}") from None
-        names.put(named_adapter(module.name, models[0], module.path, folder, facts))
+        names.add_module(named_adapter(module.name, models[0], module.path, folder, facts))
     return names
 
 

@@ -1,7 +1,8 @@
 """The proxies of one machine that share an HTTP port, as one of them sees the others.
 
-A connection to the port reaches any of them, so what only one knows (its metrics, a request that it has served) is
-asked of all, each at a Unix socket of its own. They share nothing else: each knows workers, load and blocks by itself.
+A connection to the port reaches any of them, so what only one knows (its metrics, a request that it has served, that
+names of adapters have changed) is asked of all, each at a Unix socket of its own. They share nothing else but that file
+of names: each knows workers, load and blocks by itself.
 A proxy that does not answer in time is left out.
 """
 
@@ -21,6 +22,7 @@ from baton.proxy.metrics.pieces import join_in_pieces
 ASK_TIMEOUT_S = 1.0
 OWN_METRICS = "/metrics/own"
 REPORTED_METRICS = "/metrics/reported"
+READ_ADAPTERS = "/adapters/read"
 UP = "baton:proxy_up"
 _UP_HEAD = f"# HELP {UP} Whether a proxy that shares the port has answered.\n# TYPE {UP} gauge\n"
 
@@ -36,6 +38,10 @@ class Group(Protocol):
         """The body of the first other proxy that has something at `path`; empty where none has."""
         ...
 
+    async def visit(self, path: str) -> None:
+        """Have each other proxy do what it does at `path`, those that answer in time before this returns."""
+        ...
+
 
 class Alone:
     """There is one proxy."""
@@ -45,6 +51,9 @@ class Alone:
 
     async def find(self, path: str) -> bytes:
         return b""
+
+    async def visit(self, path: str) -> None:
+        return
 
 
 class SharedPort:
@@ -72,6 +81,9 @@ class SharedPort:
 
     async def find(self, path: str) -> bytes:
         return next((body for body in (await self._ask_others(path)).values() if body), b"")
+
+    async def visit(self, path: str) -> None:
+        await self._ask_others(path)
 
     async def _ask_others(self, path: str) -> dict[int, bytes]:
         bodies = await asyncio.gather(*(self._ask(other, path) for other in self._others))

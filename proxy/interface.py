@@ -143,8 +143,8 @@ class AppSettings:
     """Further names of the first model."""
     adapter_root: Path | None = None
     """Adapters may be loaded from folders inside it; None: none but those that were there at the start."""
-    is_alone: bool = True
-    """No other proxy listens at the port."""
+    adapter_state: Path | None = None
+    """The file that keeps what was loaded; None: one inside the root."""
 
     api_keys: tuple[str, ...] = ()
     """Empty: requests need no key."""

@@ -77,7 +77,7 @@ def _pairs(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """By module, both tensors of its pair."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         short = name.removeprefix(PREFIX)
         if short.endswith(".base_layer.weight"):
             _check_base(name, short.removesuffix(".base_layer.weight"), tensor, places, base_rows)

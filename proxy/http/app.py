@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
-from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
+from baton.proxy.group import OWN_METRICS, READ_ADAPTERS, REPORTED_METRICS, Alone
 from baton.proxy.http.absent import EMBEDDINGS, embeddings_note
 from baton.proxy.http.adapter_routes import add_adapter_routes
 from baton.proxy.http.anthropic.request import read_messages
@@ -138,6 +138,13 @@ def group_app_of(service: Service) -> FastAPI:
     @app.get(PAST_REQUESTS + "{request_id:path}")
     async def one_request(request_id: str) -> Response:
         return _past_request(service, request_id) or Response(status_code=404)
+
+    @app.get(READ_ADAPTERS)
+    async def read_adapters() -> Response:
+        """Another proxy has changed names of adapters."""
+        if service.adapter_changes is not None:
+            await service.adapter_changes.follow()
+        return Response()
 
     return app
 

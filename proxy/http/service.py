@@ -10,7 +10,9 @@ from itertools import islice
 from starlette.types import Receive, Scope
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
+from baton.proxy.adapter_changes import AdapterChanges
 from baton.proxy.adapter_names import AdapterNames, NamedAdapter
+from baton.proxy.adapter_state import FILE_NAME, AdapterState
 from baton.proxy.group import Alone, Group
 from baton.proxy.http.bodies import BodyMemory, HeldBody, read_body
 from baton.proxy.http.failures import Failure
@@ -98,6 +100,8 @@ class Service:
     engine: Engine
     models: Mapping[str, ModelEntry]
     adapters: AdapterNames
+    adapter_changes: AdapterChanges | None
+    """None: the names stay as they were at the start."""
     settings: AppSettings
     metrics: ProxyMetrics
     log: RequestLog
@@ -199,6 +203,7 @@ def make_service(
         engine=engine,
         models=models,
         adapters=names,
+        adapter_changes=_changes_of(names, next(iter(texts)), settings, group or Alone()),
         settings=settings,
         metrics=metrics,
         log=log,
@@ -210,3 +215,10 @@ def make_service(
         group=group or Alone(),
         tenants=tenants or Tenants.one(settings.api_keys),
     )
+
+
+def _changes_of(names: AdapterNames, model: str, settings: AppSettings, group: Group) -> AdapterChanges | None:
+    if (root := settings.adapter_root) is None:
+        return None
+    state = AdapterState(settings.adapter_state or root / FILE_NAME)
+    return AdapterChanges(names, model, root.resolve(), state, group)

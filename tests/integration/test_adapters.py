@@ -77,9 +77,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 @pytest.fixture(scope="module")
 def cluster(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two slots for three adapters; few blocks, so that sequences are preempted."""
+    """Two slots for three adapters; few blocks, so that sequences are preempted; two proxies, of which each request
+    reaches any."""
     with Cluster(
         decode=2,
+        proxies=2,
         proxy_args=(
             *("--local-prefill", "never", "--lora-modules", f"one={adapters.root / 'one'}"),
             *("--adapter-root", str(adapters.root)),
@@ -93,6 +95,11 @@ def cluster(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def post(cluster: Cluster, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{cluster.url}{path}", json=body, timeout=60)
+
+
+def served(cluster: Cluster) -> set[str]:
+    """Names that one of the proxies has."""
+    return {each["id"] for each in httpx.get(f"{cluster.url}/v1/models", timeout=60).json()["data"]}
 
 
 def begin(cluster: Cluster, name: str, number: int) -> Stream:
@@ -141,12 +148,21 @@ def test_answers_are_those_of_peft_through_loads_kills_and_swaps(cluster: Cluste
         demand(stream, pairs[number])
     demand(begin(cluster, "two", 0), [adapters.answers("three")[0]])
 
+    # Names outlive proxies.
+    for proxy in ("proxy-0", "proxy-1"):
+        cluster.nodes.kill(proxy)
+    cluster.nodes.revive()
+    for _ in range(8):
+        assert served(cluster) == set(NAMES)
+    demand(begin(cluster, "two", 0), [adapters.answers("three")[0]])
+
     # Requests that run when a name is removed end as they began.
     last = begin(cluster, "one", 1)
     cluster.wait_until(lambda: last.num_chunks > 0, "a token")
     assert post(cluster, "/v1/unload_lora_adapter", lora_name="one").status_code == 200
     demand(last, [adapters.answers("one")[1]])
-    assert post(cluster, "/v1/completions", model="one", prompt="x").status_code == 404
+    for _ in range(8):
+        assert served(cluster) == {*NAMES} - {"one"}
 
 
 def test_folders_that_hold_no_adapter_of_the_model_are_refused(cluster: Cluster, adapters: Adapters) -> None:
@@ -156,4 +172,4 @@ def test_folders_that_hold_no_adapter_of_the_model_are_refused(cluster: Cluster,
     config = broken / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
     answer = post(cluster, "/v1/load_lora_adapter", lora_name="broken", lora_path="broken")
-    assert answer.status_code == 400 and "by the model and the configuration [5, 256]" in answer.text
+    assert answer.status_code == 400 and "by the model and the configuration [5, 768]" in answer.text

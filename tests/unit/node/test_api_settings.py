@@ -53,6 +53,7 @@ def test_serve_passes_every_option_on() -> None:
         "served_model_name": ("a", "b"),
         "lora_modules": ("a=b", '{"name": "c", "path": "d"}'),
         "adapter_root": Path("r"),
+        "adapter_state": Path("names"),
         "tool_format": "hermes",
         "reasoning_format": "think",
         "reasoning_field": "reasoning",

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.models.config import ModelConfig
 from baton.node.api_settings import ApiSettings
 from baton.node.errors import SettingsError
 from baton.node.local_http import proxy_socket
@@ -23,8 +24,9 @@ from baton.proxy.http.service import Service, make_service
 from baton.proxy.interface import AppSettings, WorkerStatus
 from baton.proxy.settings import ProxySettings
 from baton.proxy.text.model_text import ModelText
+from baton.testing.adapter_folders import write_adapter
 from baton.testing.fake_engine import FakeEngine
-from baton.tests.unit.proxy.conftest import Says
+from baton.tests.unit.proxy.conftest import DEMO, Says
 
 KEY = {"authorization": "Bearer secret"}
 
@@ -34,7 +36,7 @@ class Pair:
 
     def __init__(self, folder: Path, says: Says, text: ModelText) -> None:
         self.engines = [FakeEngine(says("Once upon a time."), totals={"requests_total": 0.0}) for _ in range(2)]
-        settings = AppSettings(api_keys=("secret",), debug_requests=10)
+        settings = AppSettings(api_keys=("secret",), debug_requests=10, adapter_root=folder)
         self.services: list[Service] = [
             make_service(engine, {"demo": text}, settings, group=SharedPort(folder, index, 2))
             for index, engine in enumerate(self.engines)
@@ -139,10 +141,23 @@ async def test_a_past_request_is_found_at_any_proxy(both: Pair) -> None:
     )
 
 
+async def test_an_adapter_that_was_loaded_at_one_proxy_is_known_to_the_other(both: Pair, folder: Path) -> None:
+    """Guards clients of the port, whose next connection reaches any of them."""
+    write_adapter(folder / "a", ModelConfig.from_folder(DEMO), rank=1)
+    for path, body, seen in (
+        ("load", {"lora_name": "mine", "lora_path": "a"}, ["demo", "mine"]),
+        ("unload", {"lora_name": "mine"}, ["demo"]),
+    ):
+        async with both.client(0) as client:
+            assert (await client.post(f"/v1/{path}_lora_adapter", json=body)).status_code == 200
+        async with both.client(1) as client:
+            assert [each["id"] for each in (await client.get("/v1/models")).json()["data"]] == seen
+
+
 async def test_the_network_does_not_reach_what_needs_no_key(both: Pair) -> None:
     """Guards the routes for other proxies, which ask for no key."""
     async with both.client(0) as client:
-        for path in ("/metrics/own", "/metrics/reported"):
+        for path in ("/metrics/own", "/metrics/reported", "/adapters/read"):
             assert (await client.get(path)).status_code == 404
         assert (await client.get("/metrics", headers={"authorization": ""})).status_code == 401
 

@@ -32,8 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def app_settings(root: Path) -> AppSettings:
-    return AppSettings(adapter_root=root, api_keys=("admin",))
+def app_settings(root: Path, tmp_path: Path) -> AppSettings:
+    return AppSettings(adapter_root=root, adapter_state=tmp_path / "names.json", api_keys=("admin",))
 
 
 @pytest.fixture
@@ -144,12 +144,19 @@ def test_many_adapters_share_a_label() -> None:
     assert sum(each.value for each in begun.samples) == sum(range(MAX_SHOWN + 3))
 
 
-@pytest.mark.parametrize(
-    "fixed", [AppSettings(), AppSettings(adapter_root=DEMO, is_alone=False)], ids=["no root", "several proxies"]
-)
-async def test_adapters_may_be_fixed_at_the_start(engine: FakeEngine, text: ModelText, fixed: AppSettings) -> None:
-    """A proxy that others share a port with would be the only one that knows a name."""
-    transport = httpx.ASGITransport(create_app(engine, {"demo": text}, fixed), raise_app_exceptions=False)
+async def test_adapters_may_be_fixed_at_the_start(engine: FakeEngine, text: ModelText) -> None:
+    transport = httpx.ASGITransport(create_app(engine, {"demo": text}, AppSettings()), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
         answer = await client.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapters_fixed")
+
+
+async def test_an_unusable_file_of_names_is_the_answer(post: Post, app_settings: AppSettings) -> None:
+    """The administrator learns what to mend; the names stay."""
+    assert app_settings.adapter_state is not None
+    await post("load_lora_adapter", lora_name="mine", lora_path="a")
+    app_settings.adapter_state.write_text("{")
+    for path, body in (("load", {"lora_name": "more", "lora_path": "b"}), ("unload", {"lora_name": "mine"})):
+        answer = await post(f"{path}_lora_adapter", **body)
+        assert answer.status_code == 503 and "--adapter-state" in answer.json()["error"]["message"]
+    assert (await post("completions", model="mine", prompt="Hi")).status_code == 200
