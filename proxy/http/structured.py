@@ -122,8 +122,8 @@ def _guided(body: StructuredFields) -> list[GrammarRequest]:
     style = {"space": body.guided_whitespace_pattern or ""}
     return _kinds(
         "guided_",
-        body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar, body.guided_json_object, None,
-        style,
+        body.guided_json or None, body.guided_regex, body.guided_choice, body.guided_grammar,
+        body.guided_json_object, None, style,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _kinds(
 ) -> list[GrammarRequest]:
     """Of each kind that is given; an empty value, as clients send it for no value, asks for nothing."""
     found = []
-    if schema not in (None, "", {}):
+    if schema not in (None, ""):
         found.append(json_grammar(_parsed(schema, f"{prefix}json"), f"{prefix}json", **style))
     if regex:
         found.append(_bounded("regex", regex, MAX_REGEX_CHARS, f"{prefix}regex"))
@@ -169,7 +169,9 @@ def json_grammar(schema: Any, param: str, **style: Any) -> GrammarRequest:
     """Answers that a JSON schema allows; raises BadRequest."""
     if not isinstance(schema, dict | bool):
         raise BadRequest(f"{param} must be a JSON schema: an object, true or false", param=param)
-    return GrammarRequest("json", _dumped(schema, param), param, **style)
+    if schema is False:
+        raise BadRequest(f"{param} is false: nothing fits it", param=param)
+    return GrammarRequest("json", _dumped({} if schema is True else schema, param), param, **style)
 
 
 def _tag(tag: Any, param: str) -> GrammarRequest:
@@ -207,7 +209,10 @@ def _dumped(value: Any, param: str) -> str:
             break
     else:
         raise BadRequest(f"{param} is nested more than {MAX_SCHEMA_DEPTH} deep", param=param)
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise BadRequest(f"{param} has a number that JSON cannot write: infinite, or none", param=param) from None
     if len(text.encode(errors="surrogatepass")) > MAX_SCHEMA_BYTES:
         raise BadRequest(f"{param} has more than {MAX_SCHEMA_BYTES} bytes", param=param)
     return text

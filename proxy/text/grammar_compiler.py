@@ -21,6 +21,9 @@ from baton.proxy.text.call_request import CallRequest
 from baton.proxy.text.grammar import behind_reasoning, lark_of
 from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
+NOTHING_FITS = "NoExtensionBias"
+"""How the library calls a mask without any token."""
+
 
 def _prepare(first: Mapping[str, Any]) -> Handler:
     text = Path(first["tokenizer"]).read_text(encoding="utf-8")
@@ -29,6 +32,8 @@ def _prepare(first: Mapping[str, Any]) -> Handler:
 
     def complaint(lark: str) -> str:
         matcher = LLMatcher(tokenizer, lark, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # an error where not even a first token is allowed
         return _reason(matcher.get_error()) if matcher.is_error() else ""
 
     def lark_of_one(asked: GrammarRequest) -> str:
@@ -60,6 +65,8 @@ def _prepare(first: Mapping[str, Any]) -> Handler:
 
 def _reason(error: str) -> str:
     """The library's message without the place in the grammar that was made of the request, and its lines."""
+    if error.startswith(NOTHING_FITS):
+        return "nothing fits it"
     first, *rest = re.sub(r"^at \d+\(\d+\): ", "", error.strip()).split("\n")
     causes = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
     return " ".join([first, *causes])[:500]
