@@ -27,7 +27,8 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.runner import SCORED_ROWS, CudaRunner
+from baton.models.cuda.prompt_scores import SCORED_ROWS
+from baton.models.cuda.runner import CudaRunner
 from baton.node.messages.control import SamplingSpec
 
 CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"

@@ -113,3 +113,17 @@ def rows_of(sent: Sequence[torch.Tensor]) -> AdapterRows:
     """Of the three arrays of lay_out on the device, flat."""
     adapters, order, items = sent
     return AdapterRows(adapters, order, items.view(-1, 4))
+
+
+def arrays_of(
+    steps: AdapterSteps | None, rows: Sequence[Row], padded: int, num_tokens: int, before: int
+) -> Sequence[np.ndarray]:
+    """Of the adapters of a step, none if no row has one: of `before` rows of one token, which are padded to `padded`
+    tokens, and of parts of prompts behind them, padded to num_tokens in all."""
+    if all(row.adapter is None for row in rows):
+        return ()
+    assert steps is not None, "a row with an adapter, and no slots"
+    adapters, counts = [adapter_of(row) for row in rows], [row.num_new for row in rows]
+    adapters[before:before], counts[before:before] = [NONE], [padded - before]
+    behind_them = num_tokens - sum(counts)
+    return steps.lay_out([*adapters, NONE], [*counts, behind_them])

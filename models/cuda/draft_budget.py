@@ -100,6 +100,13 @@ class DraftBudget:
         self._foreseen = self._came = 1.0  # accepted drafts: expected, and counted
         self._num_unserved = 0
 
+    def measure(self, steps: Iterable[tuple[int, float]], chains: Iterable[tuple[int, float]]) -> None:
+        """Tokens of steps without context, and rows that a model proposes for, each with the seconds that it takes."""
+        for tokens, seconds in steps:
+            self.measured(tokens, seconds)
+        for rows, seconds in chains:
+            self.measured_chain(rows, seconds)
+
     def measured(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens without context took so long. What was measured before was of other steps."""
         self._base_s[tokens] = seconds

@@ -148,7 +148,7 @@ def latent_layers(weights: Weights) -> list[tuple[LatentAttention, LatentWeights
 
 
 def plan_latent_rows(num_rows: int, num_heads: int, max_tokens: int, num_sms: int, deterministic: bool) -> DecodePlan:
-    """As models.cuda.runner plans other attention."""
+    """As models.cuda.decode_plans plans other attention."""
     tiles = head_tiles(num_heads)
     if deterministic:
         return fixed_plan(num_rows, tiles, max_tokens, num_sms)

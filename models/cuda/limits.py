@@ -36,6 +36,11 @@ class StepLimits:
         """Tokens of a decode step at most, drafts included."""
         return max(self.max_rows, min(DRAFTED_TOKENS, self.max_rows * (1 + self.most_drafts)))
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of any step at most."""
+        return max(self.max_tokens, self.decode_tokens)
+
 
 def check_supported(config: ModelConfig) -> None:
     """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
 from baton.models.batch import Row
 from baton.models.cuda.launched import ScoredPart
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.step_draws import WholeLogits
+
+SCORED_ROWS = 128
+"""Rows of logits at a time where a prompt's log probabilities are asked for."""
+
+
+class PromptScorer:
+    """Log probabilities of the targets of one step at a time."""
+
+    def __init__(self, limits: StepLimits, vocab_size: int, device: str, whole: WholeLogits) -> None:
+        self._vocab_size, self._whole = vocab_size, whole
+        rows = min(SCORED_ROWS, limits.decode_tokens)  # their logits lie where those of rows that draw do
+        self.found = PromptLogprobRows.make(limits.step_tokens, rows, vocab_size, device)
+
+    def of(
+        self, rows: Sequence[Row], targets: torch.Tensor
+    ) -> tuple[list[tuple[int, int]], Callable[[torch.Tensor, int], None]]:
+        """Parts of a step of these rows, and what makes `found` of the logits of each, by its number. targets: int32,
+        of all rows."""
+        pieces = pieces_of(rows, len(self.found.sums), self._vocab_size)
+
+        def take(logits: torch.Tensor, number: int) -> None:
+            piece = pieces[number]
+            prompt_logprobs(self._whole(logits), targets, piece.place, piece.num_top, self.found)
+
+        return [piece.tokens for piece in pieces], take
 
 
 class ScoredPiece(NamedTuple):
