@@ -39,6 +39,7 @@ from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.layer_order import no_tap
 from baton.models.partition import ONLY_STAGE, Stage, check_partition, check_stages
+from baton.models.vector_math import prepare_vector_math
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import PromptLogprob
@@ -69,6 +70,7 @@ class ModelRunner:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
         have drafts; by default they are looked up in the sequence. eagle: drafts in its place, from the hidden states
         of the steps of `decoder`."""
+        prepare_vector_math()
         self.config = config
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)

@@ -46,6 +46,7 @@ from baton.models.layer_weights import (
 from baton.models.layers import DenseMlp, ExpertsMlp
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
+from baton.models.vector_math import prepare_vector_math
 from baton.node.errors import InvariantBroken
 
 Added = torch.Tensor | RoutedSum
@@ -426,6 +427,7 @@ def dense_part(mlp: Mlp) -> DenseMlpWeights | None:
 
 def rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:
     """float32 [max_len, rotary_dim / 2]."""
+    prepare_vector_math()
     angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope)
     factor = rope.attention_factor
     return RopeTables((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))
