@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     ),
     "tenants": BenchmarkEntry("cluster.tenants", "TTFT of a light tenant alone, and beside one at ten times its load"),
     "pick": BenchmarkEntry("host.pick", "the time of one routing decision in a large cluster"),
+    "vector-math": BenchmarkEntry("host.vector_math", "processes whose first table of cosines is wrong, on a CPU"),
     "masks": BenchmarkEntry("host.masks", "the time of masks of grammars, by kind of JSON value"),
     "proxies": BenchmarkEntry(
         "host.proxies", "streamed tokens/s of one proxy and of several at one port, with no model"

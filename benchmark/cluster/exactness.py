@@ -69,16 +69,24 @@ def blocks_for(prompt_lengths: Sequence[int], answer_tokens: int, block_tokens: 
 
 
 def compare(ours: Sequence[Completion], theirs: Sequence[Completion]) -> dict[str, object]:
-    """Requests that are wholly equal, and tokens that are equal up to the first difference of their request."""
+    """Requests that are wholly equal, and tokens that are equal up to the first difference of their request.
+
+    In tokens of prompts, of log probabilities bit for bit: the longest that is equal and the shortest that is not. The
+    first below the second points to something that depends on the position, such as a table.
+    """
     pairs = list(zip(ours, theirs, strict=True))
     until_first = [_equal_until(a.tokens, b.tokens) for a, b in pairs]
     differing = [n for n, (a, b) in zip(until_first, pairs, strict=True) if a.tokens != b.tokens]
+    bits = {each: [a.prompt_tokens for a, b in pairs if (a.logprobs == b.logprobs) is each] for each in (True, False)}
     return {
         "equal": len(pairs) - len(differing),
         "total": len(pairs),
         "equal_tokens_share": sum(until_first) / sum(max(len(a.tokens), len(b.tokens)) for a, b in pairs),
         "first_difference": min(differing, default=None),
-        "equal_logprobs": sum(a.logprobs == b.logprobs for a, b in pairs),
+        "differing_at_first": differing.count(0),
+        "equal_logprobs": len(bits[True]),
+        "longest_equal": max(bits[True], default=None),
+        "shortest_differing": min(bits[False], default=None),
         "distinct_tokens": len({token for a, _ in pairs for token in a.tokens}),
         "differing": [
             {"prompt_tokens": a.prompt_tokens, "from": n, "logprobs": [_at(a.logprobs, n), _at(b.logprobs, n)]}

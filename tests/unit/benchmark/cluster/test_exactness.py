@@ -9,8 +9,8 @@ from baton.benchmark.cluster.running import ServedModel
 MODEL = ServedModel("m", ("--load-format=dummy",), 64, 1 << 23)
 
 
-def answer(tokens: str, logprob: float = -1.0) -> Completion:
-    return Completion(tokens, tuple(tokens), tuple(logprob for _ in tokens), prompt_tokens=1)
+def answer(tokens: str, logprob: float = -1.0, prompt_tokens: int = 1) -> Completion:
+    return Completion(tokens, tuple(tokens), tuple(logprob for _ in tokens), prompt_tokens)
 
 
 def test_tokens_count_up_to_the_first_difference() -> None:
@@ -18,6 +18,17 @@ def test_tokens_count_up_to_the_first_difference() -> None:
     found = bench.compare([answer("abcd"), answer("abcd")], [answer("abcd", -2.0), answer("abxd")])
     assert (found["equal"], found["total"], found["equal_tokens_share"]) == (1, 2, 6 / 8)
     assert (found["first_difference"], found["equal_logprobs"], found["distinct_tokens"]) == (2, 1, 4)
+
+
+def test_lengths_of_prompts_say_where_bits_begin_to_differ() -> None:
+    """Guards against another night of guesses: a table that was wrong from a position on looked like chance."""
+    ours = [answer("ab", -1.0, length) for length in (1, 300, 440, 2000)]
+    theirs = [ours[0], ours[1], answer("ab", -1.1, 440), answer("xb", -1.0, 2000)]
+    found = bench.compare(ours, theirs)
+    assert (found["longest_equal"], found["shortest_differing"]) == (2000, 440)
+    theirs[3] = answer("xb", -1.1, 2000)
+    found = bench.compare(ours, theirs)
+    assert (found["longest_equal"], found["shortest_differing"], found["differing_at_first"]) == (300, 440, 1)
 
 
 def test_exact_is_bit_for_bit_on_a_gpu() -> None:
