@@ -212,7 +212,8 @@ def _in_one_pool(
         if role == "prefill":
             return planes
         # A worker with stages has pools of its stages' layers, and so has no plane of whole blocks.
-        return planes + planes_by_layer(Cut.even(pool.num_units, 1, layout.num_layers), [pool], names, make, identity)
+        cut = Cut.even(pool.num_units, 1, layout.num_layers)
+        return planes + planes_by_layer(cut, [pool], pool.layers_digest, names, make, identity)
 
     return _loaded(settings, runner, runner, pool, layout, make_planes, HostCopies(pool), ranks)
 
@@ -235,7 +236,8 @@ def _in_stages(
     names = checked_planes(sizes.plane, PLANES)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
-        return planes_by_layer(cut, pools.pools, names, plane_maker(context, host), identity)
+        make = plane_maker(context, host)
+        return planes_by_layer(cut, pools.pools, pools.layers_digest, names, make, identity)
 
     runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
     return _loaded(settings, first, runner, pools, layout, make_planes, HostCopies(pools), stages)

@@ -8,7 +8,7 @@ from baton.kvtransfer.blocks.memory import SharedBlockMemory
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.blocks.stage_pools import LayerMemory
 from baton.kvtransfer.planes.base import Plane
-from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
+from baton.kvtransfer.planes.sharded import LayersDigest, ShardedPlane, rank_name
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.reshard import Cut
@@ -29,7 +29,12 @@ def plane_maker(context: Context, host: ListenHost) -> MakePlane:
 
 
 def planes_by_layer(
-    cut: Cut, pools: Sequence[BlockPool], names: Sequence[str], make: MakePlane, identity: str
+    cut: Cut,
+    pools: Sequence[BlockPool],
+    digest: LayersDigest,
+    names: Sequence[str],
+    make: MakePlane,
+    identity: str,
 ) -> list[Plane]:
     """Over the pools of the stages of `cut`, of which one is all of a worker without stages."""
     memories = [LayerMemory(pool) for pool in pools]
@@ -38,7 +43,7 @@ def planes_by_layer(
             cut,
             pools[0].num_blocks,
             [make(name, memory, rank_name(identity, number)) for number, memory in enumerate(memories)],
-            by_layer=True,
+            digest,
         )
         for name in names
         if name != "shm" or all(pool.shared is not None for pool in pools)

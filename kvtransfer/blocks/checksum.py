@@ -1,7 +1,8 @@
 """The digests of KV blocks, 16 bytes each: xxh3-128 over the sums of their units, in order.
 
 The sum of a unit is the xxh3-128 of its bytes ("xxh3"), or a checksum that a GPU makes at full speed ("sum64"). So a
-digest of any units can be made of their sums, wherever each was made.
+digest of any units can be made of their sums, wherever each was made. What moves by layers between workers with stages
+has the xxh3-128 of each layer of a unit in the place of that of the unit.
 
 The checksum is 64 bits that depend on every byte and its place. Defined here once, in numpy; the kernel that computes
 it on a GPU is in kernels/triton/blocks.py.
@@ -30,6 +31,8 @@ from baton.node.messages.store import DigestName
 
 FACTOR_A, FACTOR_B = 0x9E3779B1, 0x85EBCA77
 WORD_BYTES = 8
+SUM_BYTES = 16
+"""Of an xxh3-128."""
 PIECE_WORDS = 1 << 14
 """Summed at a time: with what is computed from them they stay in the cache. 2 GB/s, half of it without pieces."""
 _ODD = 2 * np.arange(PIECE_WORDS, dtype=np.uint32) + np.uint32(1)

@@ -64,6 +64,11 @@ class BlockPool:
         """The digest ("xxh3") of the units of these blocks in this order: finds corruption, proves no identity."""
         return digest_of_sums(xxh3_sums(self.block(block), self.num_units) for block in blocks)
 
+    def layers_digest(self, blocks: Sequence[int]) -> bytes:
+        """The same over the layers of these units: for layouts without padding."""
+        num_layers = self.num_units * self.layout.num_layers
+        return digest_of_sums(xxh3_sums(self.block(block), num_layers) for block in blocks)
+
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """The digest of each of these chunks."""
         return [self.digest(blocks) for blocks in chunks]

@@ -1,7 +1,8 @@
 """The pools of the stages of one worker as one: block b of it is the blocks b of all stages, each with its own layers.
 
-Digests and records in stores are of whole units, whatever stages hold their layers, so that they are those of a worker
-with one pool. All pools lie in memory of this process, and the stages' processes map theirs.
+Records in stores are of whole units, whatever stages hold their layers, so that they are those of a worker with one
+pool; the digest of a chunk is over the layers of units, of which each stage can sum up its own. All pools lie in memory
+of this process, and the stages' processes map theirs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import xxhash
-
-from baton.kvtransfer.blocks.checksum import digest_of_sums
+from baton.kvtransfer.blocks.checksum import SUM_BYTES, digest_of_sums, xxh3_sums
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.memory import SharedFile
 from baton.kvtransfer.blocks.pool import BlockPool
@@ -61,17 +60,28 @@ class StagePools:
         return [[part for held in parts for part in held[unit]] for unit in range(self.num_units)]
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
-        """The digest ("xxh3") of each of these chunks."""
-        return [digest_of_sums(_sum(parts) for block in chunk for parts in self.unit_parts(block)) for chunk in chunks]
+        """Of each of these chunks, as BlockPool.layers_digest has it: planes by layer take no other."""
+        return [self.layers_digest(chunk) for chunk in chunks]
+
+    def layers_digest(self, blocks: Sequence[int]) -> bytes:
+        return digest_of_sums(layer_sums(self.pools, block) for block in blocks)
 
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
 
 
-def _sum(parts: Sequence[memoryview]) -> bytes:
-    """The xxh3-128 of what these are together."""
-    state = xxhash.xxh3_128()
-    for part in parts:
-        state.update(part)
-    return state.digest()
+def layer_sums(pools: Sequence[BlockPool], block: int) -> bytes:
+    """The xxh3-128 of each layer that these stages hold of a block: unit by unit, of each its layers in order."""
+    held = [xxh3_sums(pool.block(block), pool.num_units * pool.layout.num_layers) for pool in pools]
+    return merged([(pool.layout.num_layers, sums) for pool, sums in zip(pools, held, strict=True)])
+
+
+def merged(stages: Sequence[tuple[int, bytes]]) -> bytes:
+    """The sums of a block's layers, unit by unit, of those of each stage: its number of layers, and their sums."""
+    num_units = len(stages[0][1]) // (stages[0][0] * SUM_BYTES)
+    return b"".join(
+        sums[unit * num_layers * SUM_BYTES :][: num_layers * SUM_BYTES]
+        for unit in range(num_units)
+        for num_layers, sums in stages
+    )

@@ -5,11 +5,14 @@ of these units. The plan (kvtransfer.reshard) says which units and layers a rank
 any two sizes; a chunk has moved when all its pieces have. The first piece that fails fails the chunk, which is reported
 once no other piece can touch a block any more. Ends know ranks by the name of their worker and their number, stage by
 stage, and pieces by ids that both workers derive from the chunk's.
+
+The digest of a chunk that came by layers is over the sums of layers, which stages can make apart from one another. So the
+plane makes it, not the receiver, whose digests are over units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -24,6 +27,8 @@ from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 
 MAX_RANKS = 64
+LayersDigest = Callable[[Sequence[int]], bytes]
+"""Of blocks of the local pool: over the sums of the layers of their units, in order (blocks.checksum)."""
 TRANSFER_ID_BYTES = 16
 
 
@@ -56,6 +61,8 @@ class ChunkIo:
     """Pieces that were cancelled, since another has failed."""
     reason: str = ""
     """Of the first failure."""
+    blocks: tuple[int, ...] = ()
+    """Of the local pool, that a receive fills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +82,19 @@ def rank_name(worker: str, end: int) -> str:
 
 class ShardedPlane:
     """One end. `ends`: of the local ranks in order, stage by stage, with identities of `rank_name`; each over its units
-    or, `by_layer`, over the layers of its units, which only such peers reach."""
+    or, with `layers_digest`, over the layers of its units, which only such peers reach."""
 
-    def __init__(self, cut: Cut, num_blocks: int, ends: Sequence[Plane], by_layer: bool = False) -> None:
+    def __init__(
+        self, cut: Cut, num_blocks: int, ends: Sequence[Plane], layers_digest: LayersDigest | None = None
+    ) -> None:
+        by_layer = layers_digest is not None
         stages = len(cut.layers)
         if len(ends) != cut.ranks * stages or cut != Cut.even(cut.total_units, cut.ranks, cut.num_layers, stages):
             raise ValueError(f"{len(ends)} ends for {cut.ranks} ranks in stages of layers {cut.layers}")
         if stages > 1 and not by_layer:
             raise ValueError(f"whole units, of which each of {stages} stages has some layers")
         self.name = f"{ends[0].name}_{'layers' if by_layer else 'ranks'}"
-        self._by_layer = by_layer
+        self._by_layer, self._layers_digest = by_layer, layers_digest
         self.pulls = ends[0].pulls
         self._cut, self._num_blocks, self._ends = cut, num_blocks, tuple(ends)
         self._peers: dict[str, RankPeer] = {}
@@ -140,7 +150,8 @@ class ShardedPlane:
         if found is None:
             self._ended.append(IoDone(key, sending=False, ok=False, reason=f"{peer} is not connected"))
             return
-        chunk = self._begin(key, False, [(_end(self._cut, piece.target), piece) for piece in found.receives])
+        pieces = [(_end(self._cut, piece.target), piece) for piece in found.receives]
+        chunk = self._begin(key, False, pieces, blocks)
         for piece in found.receives:
             theirs, own = self._source_rows(found.cut, piece, source), self._target_rows(piece, blocks)
             end, name = self._ends[_end(self._cut, piece.target)], rank_name(peer, _end(found.cut, piece.source))
@@ -153,7 +164,7 @@ class ShardedPlane:
         for chunk in self._chunks:
             chunk.stopping = {piece for piece in chunk.stopping if not self._is_idle(piece)}
             if not chunk.waiting and not chunk.stopping:
-                self._ended.append(IoDone(chunk.key, chunk.sending, ok=not chunk.reason, reason=chunk.reason))
+                self._ended.append(self._done(chunk))
         self._chunks = [chunk for chunk in self._chunks if chunk.waiting or chunk.stopping]
         self._drop_idle()
         ended, self._ended = self._ended, []
@@ -216,11 +227,20 @@ class ShardedPlane:
         units = [block * per_block + first_unit + unit for block in blocks for unit in range(num_units)]
         return [unit * per_unit + layer for unit in units for layer in layers] if self._by_layer else units
 
-    def _begin(self, key: ChunkKey, sending: bool, pieces: Sequence[tuple[int, Piece]]) -> ChunkIo:
-        chunk = ChunkIo(key, sending, {PieceIo(end, piece_key(key, piece)) for end, piece in pieces})
+    def _begin(
+        self, key: ChunkKey, sending: bool, pieces: Sequence[tuple[int, Piece]], blocks: Sequence[int] = ()
+    ) -> ChunkIo:
+        waiting = {PieceIo(end, piece_key(key, piece)) for end, piece in pieces}
+        chunk = ChunkIo(key, sending, waiting, blocks=tuple(blocks))
         self._chunks.append(chunk)
         self._of_piece.update(dict.fromkeys(chunk.waiting, chunk))
         return chunk
+
+    def _done(self, chunk: ChunkIo) -> IoDone:
+        digest = b""
+        if self._layers_digest is not None and chunk.blocks and not chunk.reason:
+            digest = self._layers_digest(chunk.blocks)
+        return IoDone(chunk.key, chunk.sending, ok=not chunk.reason, reason=chunk.reason, digest=digest)
 
     def _on_piece(self, piece: PieceIo, done: IoDone) -> None:
         chunk = self._of_piece.pop(piece, None)

@@ -8,7 +8,9 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import xxhash
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.blocks.copies import HostCopies, Pair
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
@@ -32,7 +34,11 @@ class Worker:
 
     def __init__(self, name: str, cut: Cut, planes: Sequence[Plane], pools: Sequence[BlockPool]) -> None:
         self.name, self.cut, self.pools = name, cut, pools
-        self.plane = ShardedPlane(cut, NUM_BLOCKS, planes, by_layer=True)
+        self.plane = ShardedPlane(cut, NUM_BLOCKS, planes, self.digest)
+
+    def digest(self, blocks: Sequence[int]) -> bytes:
+        parts = [sorted({(unit, layer, bytes(data)) for unit, layer, data in self.layers(block)}) for block in blocks]
+        return digest_of_sums(xxhash.xxh3_128_digest(data) for held in parts for _, _, data in held)
 
     def layers(self, block: int) -> Iterator[tuple[int, int, memoryview]]:
         """Unit, layer and bytes of all that the ranks hold of a block."""
@@ -95,6 +101,7 @@ def move(sender: Worker, receiver: Worker) -> list[bool]:
             done += worker.plane.poll()
         if len(done) == 2:
             break
+    assert {each.digest for each in done if not each.sending} == {sender.digest(SOURCE)}
     return [each.ok for each in done]
 
 
@@ -145,6 +152,6 @@ def test_pools_of_stages_are_one_pool_to_digests_and_the_store():
         assert saved == loaded
         copies[1].begin_save([Pair(2 - block, memoryview(again))])
         assert again == record == whole.block(block)
-    assert cut.digests([[2, 1], [0]]) == whole.digests([[0, 1], [2]])
+    assert cut.digests([[2, 1], [0]]) == [whole.layers_digest(blocks) for blocks in ([0, 1], [2])]
     whole.close()
     cut.close()
