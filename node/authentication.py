@@ -23,6 +23,7 @@ CONNECTS_TO: Mapping[NodeRole, frozenset[NodeRole]] = {
     "decode": frozenset({"prefill"}),
     "mixed": frozenset({"mixed"}),
     "store": frozenset({"prefill", "decode", "mixed", "store"}),
+    "stage": frozenset({"stage"}),
 }
 """For each role of a server, the roles of its clients."""
 _VERSION, _MECHANISM = b"1.0", b"CURVE"

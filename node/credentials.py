@@ -25,7 +25,7 @@ from baton.node.telemetry import log_event
 
 logger = logging.getLogger("links")
 
-NodeRole = Literal["proxy", "prefill", "decode", "mixed", "store"]
+NodeRole = Literal["proxy", "prefill", "decode", "mixed", "store", "stage"]
 ROLES: tuple[NodeRole, ...] = get_args(NodeRole)
 PAIRED_WITH: Mapping[NodeRole, NodeRole] = {"prefill": "decode", "decode": "prefill", "mixed": "mixed"}
 """The role of the workers that a worker exchanges KV with."""

@@ -6,8 +6,8 @@ any two sizes; a chunk has moved when all its pieces have. The first piece that 
 once no other piece can touch a block any more. Ends know ranks by the name of their worker and their number, stage by
 stage, and pieces by ids that both workers derive from the chunk's.
 
-The digest of a chunk that came by layers is over the sums of layers, which stages can make apart from one another. So the
-plane makes it, not the receiver, whose digests are over units.
+The digest of a chunk that came by layers is over the sums of layers, which stages can make apart from one another. So
+the plane makes it, not the receiver, whose digests are over units.
 """
 
 from __future__ import annotations
