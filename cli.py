@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "proxy": Subcommand("baton.proxy", "the HTTP API and the scheduler of a cluster"),
     "prefill": Subcommand("baton.prefill", "a prefill worker"),
     "decode": Subcommand("baton.decode", "a decode worker"),
+    "stage": Subcommand("baton.worker.stages.remote", "a stage of a prefill worker on another host"),
     "store": Subcommand("baton.kvtransfer", "the KV store of a host"),
     "ray": Subcommand("baton.launch.ray", "serve a model on a Ray cluster"),
     "secret": Subcommand("baton.launch.secret", "make the secret that the nodes of a cluster share"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -26,7 +27,7 @@ from baton.node.addresses import ListenHost, is_address, is_ipv6, is_name, with_
 from baton.node.authentication import DOMAIN, Authenticator
 from baton.node.connections import SUFFIX_CHARACTERS, connection_id
 from baton.node.credentials import ROLES, Credentials, NodeRole
-from baton.node.errors import SettingsError
+from baton.node.errors import PeerLost, SettingsError
 
 Socket = zmq.Socket[bytes]
 
@@ -209,6 +210,27 @@ def authenticated_role(frame: zmq.Frame) -> NodeRole | None:
     except zmq.ZMQError:
         return None
     return role if role in ROLES else None  # type: ignore[return-value]
+
+
+def wait_readable(sockets: Iterable[object], timeout_s: float) -> None:
+    """Wait at most so long until one of these sockets may have something to read."""
+    poller = zmq.Poller()
+    for socket in sockets:
+        poller.register(socket, zmq.POLLIN)
+    poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
+
+
+def offer_frames(socket: Socket, frames: Sequence[bytes | bytearray | memoryview]) -> bool:
+    """Hand a message to the transport; False if it takes none now. Raises PeerLost where a peer is gone."""
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EHOSTUNREACH:
+            raise PeerLost("is gone") from None
+        raise
+    return True
 
 
 def send_frames(socket: Socket, frames: list[bytes]) -> bool:

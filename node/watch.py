@@ -95,6 +95,8 @@ class DealerWatch:
     def __init__(self, context: Context, dealer: Socket, address: str) -> None:
         self._dealer = dealer
         self._address = address
+        self.breaks = 0
+        """Times that an established connection has ended."""
         self._lookup = NameLookup(address) if is_name(address) else None
         self._dialed = "" if self._lookup is not None else address
         self._dialed_at = float("-inf")
@@ -143,6 +145,7 @@ class DealerWatch:
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._not_admitted = True
             case zmq.EVENT_DISCONNECTED:
+                self.breaks += self._established
                 if not self._established:
                     self._fail()
                 self._established, self._broken_since = False, now

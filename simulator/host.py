@@ -536,7 +536,7 @@ def _plane(
     cut = Cut.even(layout.num_units, size.ranks, layout.num_layers, size.stages)
     row_bytes = layout.layer_bytes if by_layer else layout.unit_bytes
     ends = [SimPlane(network, rank_name(identity, number), row_bytes, on_ready) for number in range(size.gpus)]
-    return ShardedPlane(cut, profile.num_blocks, ends, by_layer=by_layer)
+    return ShardedPlane(cut, profile.num_blocks, ends, (lambda blocks: digests_of([blocks])[0]) if by_layer else None)
 
 
 def _register(name: str, role: Role, profile: Profile, address: str) -> Register:

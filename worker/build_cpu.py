@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,9 @@ import torch
 from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
-from baton.kvtransfer.blocks.stage_pools import StagePools
+from baton.kvtransfer.blocks.stage_pools import LayerMemory, SpreadPools, StagePools
 from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.kvtransfer.reshard import Cut
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
@@ -29,6 +30,7 @@ from baton.models.cpu.runner import ModelRunner
 from baton.models.fallback.config import model_config
 from baton.models.partition import check_partition, check_stages
 from baton.node.addresses import ListenHost
+from baton.node.credentials import link_credentials
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
@@ -42,6 +44,7 @@ from baton.worker.ranks.members import NO_RANKS, NoRanks, Ranks, pool_made
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.settings import WorkerSettings, WorkerSizes
 from baton.worker.stages.group import StageGroup
+from baton.worker.stages.remote.first import RemoteStages
 from baton.worker.stages.runner import PipelineRunner
 
 logger = logging.getLogger("worker")
@@ -83,6 +86,8 @@ class LoadedModel:
     ranks: Ranks = NO_RANKS
     """The others of the worker."""
     adapter_slots: AdapterSlots = NO_SLOTS
+    check_weights: Callable[[bytes], None] = lambda fingerprint: None
+    """SettingsError if a process of the worker has read other weights than those of this fingerprint."""
 
 
 def load_model(
@@ -156,18 +161,26 @@ def _load_on_cpu(
     config = model_config(folder)
     check_partition(config, settings.tp)
     check_stages(config, settings.pp)
-    if settings.threads is None and settings.tp * settings.pp > 1:  # torch's choice is all cores for each process
+    processes = settings.tp * (1 if settings.stages_bind else settings.pp)
+    if settings.threads is None and processes > 1:  # torch's choice is all cores for each process
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // (settings.tp * settings.pp))))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // processes)))
     part = model_part(settings, folder, config.vocab_size)
     how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
-    stages = StageGroup(part, settings.tp, *how) if settings.pp > 1 else None
+    stages: StageGroup | RemoteStages | None = None
+    if settings.stages_bind:
+        keys = link_credentials("stage", settings.secret_file, settings.insecure_network)
+        stages = RemoteStages(part, settings.tp, how[0], keys, settings.stages_bind)
+    elif settings.pp > 1:
+        stages = StageGroup(part, settings.tp, *how)
     ranks: Ranks = NO_RANKS if stages is None else stages
     try:
         group, peers = start_ranks(part, settings.tp, *how)
         ranks = group if stages is None else stages.with_ranks(group)
         own = draft, settings.most_drafts, settings.max_loras, settings.max_lora_rank
         runner = load_part(part, peers, progress_log("loading_weights", "tensors"), *own)
+        if isinstance(stages, RemoteStages):
+            return _in_remote_stages(settings, sizes, runner, stages, group)
         if stages is not None:
             return _in_stages(settings, sizes, runner, stages, group)
         return _in_one_pool(settings, sizes, role, runner, group, draft is not None)
@@ -243,6 +256,36 @@ def _in_stages(
     return _loaded(settings, first, runner, pools, layout, make_planes, HostCopies(pools), stages)
 
 
+def _in_remote_stages(
+    settings: WorkerSettings,
+    sizes: WorkerSizes,
+    first: ModelRunner,
+    stages: RemoteStages,
+    ranks: RankGroup | NoRanks,
+) -> LoadedModel:
+    """The model over a pool for each stage, each in its own host's memory."""
+    layout = layout_of(first.config, first.kv_format, sizes.block_tokens)
+    cut = Cut.even(layout.num_units, 1, layout.num_layers, settings.pp)
+    if "zmq" not in checked_planes(sizes.plane, PLANES):
+        raise SettingsError(f"--plane {' '.join(sizes.plane)}: stages on other hosts send their KV over zmq")
+    pools = SpreadPools(cut, layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
+    first.bind_pool(pools.own.tensor, pools.own.scales)
+    ranks.share_pool(pool_made(pools.own))
+    stages.wait_loaded()
+    stages.give_sums(pools.take_sums)
+
+    def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
+        own = plane_maker(context, host)("zmq", LayerMemory(pools.own), rank_name(identity, 0))
+        names = [rank_name(identity, stage) for stage in range(1, settings.pp)]
+        rows = [pools.num_blocks * layout.num_units * len(layers) for layers in cut.layers[1:]]
+        ends = stages.make_ends(pools.num_blocks, layout.block_tokens, names, rows)
+        return [ShardedPlane(cut, pools.num_blocks, [own, *ends], pools.layers_digest)]
+
+    runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
+    loaded = _loaded(settings, first, runner, pools, layout, make_planes, None, stages)
+    return replace(loaded, check_weights=stages.check_weights)
+
+
 def _loaded(
     settings: WorkerSettings,
     loaded: ModelRunner,
@@ -250,7 +293,7 @@ def _loaded(
     pool: KvPool,
     layout: KVLayout,
     make_planes: MakePlanes,
-    copies: Copies,
+    copies: Copies | None,
     ranks: Ranks,
 ) -> LoadedModel:
     longest = longest_known(settings.max_model_len, loaded.config)

@@ -94,6 +94,12 @@ class WorkerSettings:
         minimum=1,
         maximum=8,
     )
+    stages_bind: str = option(
+        "",
+        metavar="ADDRESS",
+        help="address at which the --pp stages behind the first join, each a `baton stage` on some host; default: they "
+        "are processes of this host, and this worker starts them",
+    )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     quantization: str | None = option(
         None,
@@ -201,6 +207,11 @@ class WorkerSettings:
             )
         if self.draft_model is not None and self.pp > 1:
             raise SettingsError(f"--speculate eagle with --pp {self.pp}: no stage computes the KV of a draft")
+
+        if self.stages_bind and self.pp == 1:
+            raise SettingsError("--stages-bind with --pp 1: there is no stage behind the first")
+        if self.stages_bind and self.store:
+            raise SettingsError("--store with --stages-bind: no KV goes between a store and stages on other hosts")
 
     @property
     def draft_model(self) -> str | None:

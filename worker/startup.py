@@ -104,6 +104,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         fingerprint = hashing.result()
         if of_draft is not None:
             fingerprint = with_draft(fingerprint, of_draft.result())
+    model.check_weights(fingerprint)
     log_event(logger, "weights_hashed", waited_s=round(time.monotonic() - began_at, 1))
     if model.config.rope.kind == "longrope":
         log_event(logger, "longrope", factors="long" if model.config.rope.use_long_factors else "short")

@@ -15,6 +15,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.memory import SharedFile
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.reshard import Cut
+from baton.node.errors import PeerLost
 
 
 class LayerMemory:
@@ -69,6 +70,38 @@ class StagePools:
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
+
+
+class SpreadPools:
+    """The pools of stages on several hosts as one; the first stage's is here. Each other stage sums up what a step has
+    written there, so that a digest waits for nothing."""
+
+    def __init__(self, cut: Cut, layout: KVLayout, num_blocks: int) -> None:
+        self.cut, self.num_blocks = cut, num_blocks
+        self.own = BlockPool(replace(layout, num_layers=len(cut.layers[0])), num_blocks)
+        self._sums: list[dict[int, bytes]] = [{} for _ in cut.layers[1:]]
+
+    def take_sums(self, stage: int, blocks: Sequence[int], sums: bytes) -> None:
+        """The layer_sums of these blocks in a stage's pool. PeerLost for what cannot be these."""
+        size = self.own.num_units * len(self.cut.layers[stage]) * SUM_BYTES
+        if len(sums) != len(blocks) * size or not all(0 <= block < self.num_blocks for block in blocks):
+            raise PeerLost(f"{len(sums)} bytes are no sums of {len(blocks)} blocks")
+        for place, block in enumerate(blocks):
+            self._sums[stage - 1][block] = sums[place * size :][:size]
+
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
+        """As those of StagePools."""
+        return [self.layers_digest(chunk) for chunk in chunks]
+
+    def layers_digest(self, blocks: Sequence[int]) -> bytes:
+        return digest_of_sums(self._layer_sums(block) for block in blocks)
+
+    def close(self) -> None:
+        self.own.close()
+
+    def _layer_sums(self, block: int) -> bytes:
+        held = [layer_sums([self.own], block), *(sums[block] for sums in self._sums)]
+        return merged([(len(layers), sums) for layers, sums in zip(self.cut.layers, held, strict=True)])
 
 
 def layer_sums(pools: Sequence[BlockPool], block: int) -> bytes:

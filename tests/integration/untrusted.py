@@ -64,6 +64,29 @@ from baton.node.messages.transfer import (
     Welcome,
 )
 from baton.node.messages.wire import decode
+from baton.worker.ranks.messages import ModelPart
+from baton.worker.stages.remote.messages import (
+    STAGE_VERSION,
+    BlockSums,
+    Parcel,
+    ParcelPiece,
+    PeerForgotten,
+    PeerKnown,
+    PieceCancel,
+    PieceEnded,
+    PieceIdle,
+    PieceSend,
+    StageAssigned,
+    StageBeat,
+    StageEnd,
+    StageJoin,
+    StageLeaving,
+    StageLoaded,
+    StageMessage,
+    StagePool,
+    StageReady,
+    StageRefused,
+)
 
 SAMPLING = SamplingSpec(max_tokens=8)
 
@@ -207,6 +230,42 @@ def one_of_each(request_id: str) -> list[Message]:
         KvReplay(seq=1),
     ]
     return made
+
+
+def one_of_each_stage_message() -> list[StageMessage]:
+    """One message of every type between a stage on another host and the first, about a transfer that does not exist."""
+    transfer: dict[str, Any] = {"transfer_id": b"t" * 16}
+    piece: dict[str, Any] = {**transfer, "seq": 0, "retry": 0}
+    plane = PlaneAddress(plane="zmq", host="nowhere", address="tcp://127.0.0.1:1")
+    part = ModelPart(
+        folder="",
+        dtype="auto",
+        kv_dtype="auto",
+        load_format="auto",
+        quantization=None,
+        max_model_len=None,
+        vocab_size=512,
+    )
+    return [
+        StageJoin(version=STAGE_VERSION + 1),
+        StageRefused(reason="go away"),
+        StageAssigned(name="unknown", model=part, num_ranks=1),
+        StageLoaded(fingerprint=bytes(32)),
+        StagePool(num_blocks=1 << 62, block_tokens=16, end="unknown/1"),
+        StageReady(plane=plane),
+        StageBeat(),
+        Parcel(channel="draws", record_bytes=1 << 32, data_bytes=1 << 32),
+        ParcelPiece(),
+        BlockSums(blocks=(1 << 62,), sums=b"s" * 16),
+        PeerKnown(peer="unknown/1", address=plane),
+        PeerForgotten(peer="unknown/1"),
+        PieceSend(peer="unknown/1", **piece, runs=((0, 1 << 62),)),
+        PieceCancel(**transfer),
+        PieceEnded(**piece, reason="x" * 4096),
+        PieceIdle(**transfer),
+        StageLeaving(),
+        StageEnd(),
+    ]
 
 
 class SecondProxy:

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+from typing import Protocol
 
 from baton.node.errors import PeerLost
 
@@ -21,8 +22,24 @@ SEND_S = 30.0
 """For the other end to take a message: it reads while it computes."""
 
 
+class StepLink(Protocol):
+    """One end of a link between stages, used by one thread for each direction; `shut` is called by any."""
+
+    def send(self, record: bytes, data: bytes | memoryview = b"") -> None:
+        """PeerLost if the other end is gone, or does not take it."""
+        ...
+
+    def receive(self, wait_s: float | None = None) -> tuple[bytes, bytearray]:
+        """The next message; None waits until the other end is closed, or this one shut: PeerLost."""
+        ...
+
+    def shut(self) -> None:
+        """Nothing more comes or goes; what waits here or at the other end ends."""
+        ...
+
+
 class StageLink:
-    """One end, used by one thread for each direction."""
+    """A StepLink between processes of one host."""
 
     def __init__(self, name: str, end: socket.socket) -> None:
         """name: of the other end, for errors."""

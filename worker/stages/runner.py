@@ -14,7 +14,7 @@ from baton.models.batch import Done, Drawn, Launched, Row
 from baton.models.config import ModelConfig
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import PromptLogprob
-from baton.worker.stages.links import StageLink
+from baton.worker.stages.links import StepLink
 from baton.worker.stages.messages import bytes_of, decode_drawn, encode_masks, encode_rows
 
 STEP_S = 600.0
@@ -33,7 +33,7 @@ class FirstStage(Protocol):
 class PipelineRunner:
     """worker.parts.Runner over the stages. One thread makes all calls."""
 
-    def __init__(self, first: FirstStage, count: int, following: StageLink, last: StageLink) -> None:
+    def __init__(self, first: FirstStage, count: int, following: StepLink, last: StepLink) -> None:
         """count: of the stages; following: to the second one, last: to the last one."""
         self.config = first.config
         self.run_ahead = count - 1
@@ -52,7 +52,7 @@ class PipelinedStep:
 
     device_time = None
 
-    def __init__(self, last: StageLink) -> None:
+    def __init__(self, last: StepLink) -> None:
         self._last = last
         self._scores: Mapping[int, tuple[PromptLogprob, ...]] | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Queue
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from baton.models.batch import Launched, Row
 from baton.node.errors import PeerLost
-from baton.worker.stages.links import StageLink
+from baton.worker.stages.links import StepLink
 from baton.worker.stages.messages import (
     StepDrawn,
     bytes_of,
@@ -36,7 +36,7 @@ class StageRunner(Protocol):
 class Entering:
     """Takes steps off the link while others are computed, so that the stage before goes on with the next."""
 
-    def __init__(self, link: StageLink, most: int) -> None:
+    def __init__(self, link: StepLink, most: int) -> None:
         """most: steps that can be in flight."""
         self._link = link
         self._steps: Queue[tuple[bytes, bytearray] | PeerLost] = Queue(most + 1)
@@ -58,19 +58,29 @@ class Entering:
                 return
 
 
-def work(runner: StageRunner, entering: Entering, leaving: StageLink, is_last: bool) -> None:
-    """Ends with PeerLost."""
+def work(
+    runner: StageRunner,
+    entering: Entering,
+    leaving: StepLink,
+    is_last: bool,
+    on_computed: Callable[[Sequence[Row]], None] = lambda rows: None,
+) -> None:
+    """Ends with PeerLost. on_computed: called for each step before it leaves."""
     while True:
         record, data = entering.receive()
         rows = decode_rows(record)
         residual = residual_of(data, runner.dtype, sum(len(row.token_ids) for row in rows))
         if is_last:
-            leaving.send(encode_drawn(_drawn(runner.launch(rows, residual), rows, leaving)))
+            drawn = _drawn(runner.launch(rows, residual), rows, leaving)
+            on_computed(rows)
+            leaving.send(encode_drawn(drawn))
         else:
-            leaving.send(encode_rows(rows), bytes_of(runner.advance(rows, residual)))
+            left = runner.advance(rows, residual)
+            on_computed(rows)
+            leaving.send(encode_rows(rows), bytes_of(left))
 
 
-def _drawn(launched: Launched, rows: Sequence[Row], first: StageLink) -> StepDrawn:
+def _drawn(launched: Launched, rows: Sequence[Row], first: StepLink) -> StepDrawn:
     """Of a step in the last stage, which waits for masks from the first where draws need some."""
     if any(row.draw is not None and row.draw.is_masked for row in rows):
         launched.complete(decode_masks(*first.receive()))
