@@ -44,6 +44,7 @@ from baton.worker.ranks.members import NO_RANKS, NoRanks, Ranks, pool_made
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.settings import WorkerSettings, WorkerSizes
 from baton.worker.stages.group import StageGroup
+from baton.worker.stages.remote.copies import SpreadCopies
 from baton.worker.stages.remote.first import RemoteStages
 from baton.worker.stages.runner import PipelineRunner
 
@@ -273,6 +274,8 @@ def _in_remote_stages(
     ranks.share_pool(pool_made(pools.own))
     stages.wait_loaded()
     stages.give_sums(pools.take_sums)
+    copies = SpreadCopies(pools, stages)
+    stages.give_answers(copies.take)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         own = plane_maker(context, host)("zmq", LayerMemory(pools.own), rank_name(identity, 0))
@@ -282,7 +285,7 @@ def _in_remote_stages(
         return [ShardedPlane(cut, pools.num_blocks, [own, *ends], pools.layers_digest)]
 
     runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
-    loaded = _loaded(settings, first, runner, pools, layout, make_planes, None, stages)
+    loaded = _loaded(settings, first, runner, pools, layout, make_planes, copies, stages)
     return replace(loaded, check_weights=stages.check_weights)
 
 
@@ -293,7 +296,7 @@ def _loaded(
     pool: KvPool,
     layout: KVLayout,
     make_planes: MakePlanes,
-    copies: Copies | None,
+    copies: Copies,
     ranks: Ranks,
 ) -> LoadedModel:
     longest = longest_known(settings.max_model_len, loaded.config)

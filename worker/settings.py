@@ -210,8 +210,6 @@ class WorkerSettings:
 
         if self.stages_bind and self.pp == 1:
             raise SettingsError("--stages-bind with --pp 1: there is no stage behind the first")
-        if self.stages_bind and self.store:
-            raise SettingsError("--store with --stages-bind: no KV goes between a store and stages on other hosts")
 
     @property
     def draft_model(self) -> str | None:

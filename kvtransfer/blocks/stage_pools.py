@@ -77,7 +77,7 @@ class SpreadPools:
     written there, so that a digest waits for nothing."""
 
     def __init__(self, cut: Cut, layout: KVLayout, num_blocks: int) -> None:
-        self.cut, self.num_blocks = cut, num_blocks
+        self.cut, self.layout, self.num_blocks = cut, layout, num_blocks
         self.own = BlockPool(replace(layout, num_layers=len(cut.layers[0])), num_blocks)
         self._sums: list[dict[int, bytes]] = [{} for _ in cut.layers[1:]]
 
@@ -88,6 +88,10 @@ class SpreadPools:
             raise PeerLost(f"{len(sums)} bytes are no sums of {len(blocks)} blocks")
         for place, block in enumerate(blocks):
             self._sums[stage - 1][block] = sums[place * size :][:size]
+
+    def sums_of(self, stage: int, block: int) -> bytes:
+        """What a stage has said of a block."""
+        return self._sums[stage - 1][block]
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """As those of StagePools."""

@@ -19,7 +19,7 @@ from baton.node.credentials import Keys, NodeRole
 from baton.node.secret_file import read_secret
 from baton.tests.integration.cluster import Cluster, start_node
 from baton.tests.integration.conftest import MAX_TOKENS, Oracle
-from baton.tests.integration.prompts import PROMPTS
+from baton.tests.integration.prompts import LONG, PROMPTS
 from baton.tests.integration.untrusted import RawClient, one_of_each_stage_message
 from baton.worker.stages.remote.messages import encode_frames
 
@@ -29,10 +29,14 @@ TIMEOUT_S = 60.0
 
 
 class StagedCluster:
-    """A cluster with prefill workers of one process, and two of two stages each."""
+    """A cluster with two prefill workers of two stages each, at a store that one of one process has filled."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self._folder = cluster, folder
+        cluster.complete(LONG[8], max_tokens=1)
+        cluster.wait_until(lambda: cluster.worker_values("store_written_blocks_total")["prefill-0"] > 8, "blocks")
+        cluster.nodes.kill("prefill-0")
+        cluster.nodes.forget("prefill-0")
         self.ports = {worker: free_port() for worker in ("prefill-1", "prefill-2")}
         self.stages: dict[str, NodeProcess] = {}
         for worker, port in self.ports.items():  # in either order
@@ -42,7 +46,7 @@ class StagedCluster:
             cluster.nodes.add_worker("prefill", worker, "--pp", "2", "--stages-bind", first, "--max-chunk-tokens", "16")
             if worker != "prefill-1":
                 self._start_stage(worker, first)
-        cluster.wait_workers("prefill-0", *self.ports, "decode-0")
+        cluster.wait_workers(*self.ports, "decode-0")
 
     def _start_stage(self, worker: str, first: str) -> None:
         own = ("--first", first, "--bind", f"tcp://{STAGE_HOST}:0", *self.cluster.secret_args, "--threads", "1")
@@ -68,7 +72,8 @@ class StagedCluster:
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedCluster]:
     folder = tmp_path_factory.mktemp("logs")
-    with Cluster(log_folder=folder) as cluster:
+    store = ("--ram-gib", "0.05")
+    with Cluster(worker_args=("--store-loads", "always"), store_args=store, log_folder=folder) as cluster:
         staged = StagedCluster(cluster, folder)
         try:
             yield staged
@@ -88,6 +93,19 @@ def test_answers_are_those_of_one_process(staged: StagedCluster, oracle: Oracle)
     assert not sum(cluster.worker_values("transfers_failed_total").values())
     assert not sum(cluster.worker_values("digest_retries_total").values())
     cluster.wait_idle()
+
+
+def test_kv_gets_to_the_store_and_from_it(staged: StagedCluster, oracle: Oracle) -> None:
+    """Guards against prefixes that stages compute again, or load into the wrong layers, and KV that stays in them."""
+    cluster = staged.cluster
+    answer = cluster.complete(LONG[8], max_tokens=MAX_TOKENS)["choices"][0]["text"]
+    assert answer == oracle.answers(LONG[8:9])[0][0]
+    assert sum(cluster.worker_values("store_loaded_bytes_total")[worker] for worker in staged.ports)
+    cluster.wait_until(
+        lambda: all(cluster.worker_values("store_written_blocks_total")[worker] for worker in staged.ports),
+        "blocks of both workers in the store",
+    )
+    assert not sum(cluster.worker_values("store_damaged_blocks_total").values())
 
 
 def test_none_without_the_key_of_a_stage_is_heard_and_one_with_it_disturbs_nothing(

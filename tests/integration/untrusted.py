@@ -67,7 +67,9 @@ from baton.node.messages.wire import decode
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.stages.remote.messages import (
     STAGE_VERSION,
+    BlocksTaken,
     BlockSums,
+    BlocksWanted,
     Parcel,
     ParcelPiece,
     PeerForgotten,
@@ -257,6 +259,8 @@ def one_of_each_stage_message() -> list[StageMessage]:
         Parcel(channel="draws", record_bytes=1 << 32, data_bytes=1 << 32),
         ParcelPiece(),
         BlockSums(blocks=(1 << 62,), sums=b"s" * 16),
+        BlocksWanted(copy=1, blocks=(1 << 62,)),
+        BlocksTaken(copy=1, sums=b"s"),
         PeerKnown(peer="unknown/1", address=plane),
         PeerForgotten(peer="unknown/1"),
         PieceSend(peer="unknown/1", **piece, runs=((0, 1 << 62),)),

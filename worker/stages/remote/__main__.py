@@ -106,7 +106,7 @@ def _compute(
         runner.bind_pool(pool.tensor, pool.scales)
         ranks.share_pool(pool_made(pool))
         ranks.watch(lambda lost: first.steps.shut())
-        first.use(ZmqPlane(planes, LayerMemory(pool), made.end, host))
+        first.use(ZmqPlane(planes, LayerMemory(pool), made.end, host), pool)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: first.send(StageLeaving()))
         index, count = part.stage, part.num_stages

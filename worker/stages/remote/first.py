@@ -26,12 +26,15 @@ from baton.node.telemetry import log_event
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.members import LOAD_S, LOST_S, NO_RANKS, Deliver, Ranks
 from baton.worker.ranks.messages import BEAT_S, ModelPart
+from baton.worker.stages.remote.copies import FromStage, decode_given
 from baton.worker.stages.remote.end import RemoteEnd
 from baton.worker.stages.remote.links import ParcelLink
 from baton.worker.stages.remote.messages import (
     FROM_STAGE,
     STAGE_VERSION,
+    BlocksTaken,
     BlockSums,
+    BlocksWanted,
     Bytes,
     Channel,
     PieceEnded,
@@ -85,6 +88,7 @@ class RemoteStages:
         self._answers: SimpleQueue[tuple[str, StageMessage] | PeerLost] = SimpleQueue()
         self._ends: dict[str, RemoteEnd] = {}
         self._take_sums: TakeSums = lambda stage, blocks, sums: None
+        self._take_answer: Callable[[FromStage], None] = lambda answer: None
         self._ranks: Ranks = NO_RANKS
         self._deliver: Deliver | None = None
         self._lost = ""
@@ -133,6 +137,16 @@ class RemoteStages:
         """Called, from now on, by the transport's thread with what a stage has summed up, before a step's draws."""
         self._take_sums = take
 
+    def give_answers(self, take: Callable[[FromStage], None]) -> None:
+        """Called, from now on, by the transport's thread with what stages answer to the two methods below."""
+        self._take_answer = take
+
+    def want_blocks(self, stage: int, wanted: BlocksWanted) -> None:
+        self._transport.send(self._stages[stage - 1], wanted)
+
+    def give_blocks(self, stage: int, record: bytes, data: Bytes) -> None:
+        self._send_parcel(stage, "blocks", record, data)
+
     def watch(self, deliver: Deliver) -> None:
         with self._lock:
             self._deliver, lost = deliver, self._lost
@@ -161,6 +175,8 @@ class RemoteStages:
             raise PeerLost(f"{type(message).__name__} from a stage")
         elif isinstance(message, BlockSums):
             self._take_sums(self._stages.index(peer) + 1, message.blocks, message.sums)
+        elif isinstance(message, BlocksTaken):
+            self._take_answer(FromStage(self._stages.index(peer) + 1, message.copy, message.sums))
         elif isinstance(message, PieceEnded | PieceIdle):
             if peer in self._ends:
                 self._ends[peer].take(message)
@@ -174,6 +190,8 @@ class RemoteStages:
         number = self._stages.index(peer) + 1
         if channel == "draws" and number == self._count - 1:
             self.last.deliver(record, data)
+        elif channel == "blocks":
+            self._take_answer(FromStage(number, decode_given(record).copy, data))
         elif channel == "steps" and number < self._count - 1:
             self._send_parcel(number + 1, "steps", record, data)
         else:

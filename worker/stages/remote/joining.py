@@ -19,6 +19,7 @@ from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.models.batch import Row
 from baton.node.errors import PeerLost
 from baton.node.sockets import Context
+from baton.worker.stages.remote.copies import StageCopies
 from baton.worker.stages.remote.links import ParcelLink
 from baton.worker.stages.remote.messages import (
     FROM_FIRST,
@@ -26,6 +27,7 @@ from baton.worker.stages.remote.messages import (
     MAX_SUMS_BYTES,
     STAGE_VERSION,
     BlockSums,
+    BlocksWanted,
     Channel,
     PeerForgotten,
     PeerKnown,
@@ -66,6 +68,7 @@ class FirstStageLink:
         """The first stage has said that the worker ends."""
         self._answers: SimpleQueue[StageMessage | PeerLost] = SimpleQueue()
         self._plane: Plane | None = None
+        self._copies: StageCopies | None = None
         self._cancelled: set[bytes] = set()
         self._joined = False
         self._join_at = 0.0
@@ -89,8 +92,9 @@ class FirstStageLink:
     def send(self, message: StageMessage) -> None:
         self._transport.send(FIRST, message)
 
-    def use(self, plane: Plane) -> None:
-        """Its end of the data plane, which belongs to the transport's thread from now on."""
+    def use(self, plane: Plane, pool: BlockPool) -> None:
+        """Its end of the data plane, which belongs to the transport's thread from now on, and the pool."""
+        self._copies = StageCopies(pool)
         ready = StageReady(plane=plane.describe())
         self._plane = plane
         self.send(ready)
@@ -109,6 +113,8 @@ class FirstStageLink:
             case StageEnd():
                 self.ended = True
                 self._end(PeerLost(f"{FIRST} has ended"))
+            case BlocksWanted() if self._copies is not None:
+                self._send_parcel("blocks", *self._copies.give(message))
             case PeerKnown() if self._plane is not None:
                 self._plane.connect(message.peer, message.address)
             case PeerForgotten() if self._plane is not None:
@@ -128,7 +134,10 @@ class FirstStageLink:
                 raise PeerLost(f"{type(message).__name__} from {FIRST}")
 
     def on_parcel(self, peer: str, channel: Channel, record: bytes, data: bytearray) -> None:
-        (self.steps if channel == "steps" else self.draws).deliver(record, data)
+        if channel != "blocks":
+            (self.steps if channel == "steps" else self.draws).deliver(record, data)
+        elif self._copies is not None:
+            self.send(self._copies.take(record, data))
 
     def on_lost(self, peer: str, reason: str) -> None:
         self._end(PeerLost(f"{FIRST}: {reason}"))

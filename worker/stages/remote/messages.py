@@ -1,7 +1,7 @@
 """What a stage on another host and the first stage say to each other.
 
-    stage -> first   StageJoin, StageLoaded, StageReady, BlockSums, PieceEnded, PieceIdle, StageLeaving
-    first -> stage   StageAssigned, StagePool, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd
+    stage -> first   StageJoin, StageLoaded, StageReady, BlockSums, BlocksTaken, PieceEnded, PieceIdle, StageLeaving
+    first -> stage   StageAssigned, StagePool, BlocksWanted, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd
     both             StageRefused, StageBeat, Parcel, ParcelPiece
 
 Both are of one version. Messages are numbered from 1 in each direction, so that a lost one is noticed; StageJoin and
@@ -34,8 +34,9 @@ MAX_ROWS = 1 << 22
 MAX_TEXT = 4096
 
 Bytes = bytes | bytearray | memoryview
-Channel = Literal["steps", "draws"]
-"""Steps on their way through the stages; masks from the first to the last one, and back what it has drawn."""
+Channel = Literal["steps", "draws", "blocks"]
+"""Steps on their way through the stages; masks from the first to the last one, and back what it has drawn; blocks
+between the store and a stage's pool."""
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -115,6 +116,20 @@ class BlockSums(Base, frozen=True):
     sums: Annotated[bytes, Meta(max_length=MAX_SUMS_BYTES)]
 
 
+class BlocksWanted(Base, frozen=True):
+    """For a copy to the store: a parcel of the stage's part of these blocks answers."""
+
+    copy: Count
+    blocks: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=1 << 12)]
+
+
+class BlocksTaken(Base, frozen=True):
+    """A parcel of blocks is in the stage's pool, whose sums these are, as in BlockSums."""
+
+    copy: Count
+    sums: Annotated[bytes, Meta(max_length=MAX_SUMS_BYTES)]
+
+
 class PeerKnown(Base, frozen=True):
     """A decode worker's end of the data plane."""
 
@@ -170,6 +185,8 @@ StageMessage = (
     | Parcel
     | ParcelPiece
     | BlockSums
+    | BlocksWanted
+    | BlocksTaken
     | PeerKnown
     | PeerForgotten
     | PieceSend
@@ -178,8 +195,8 @@ StageMessage = (
     | PieceIdle
 )
 UNNUMBERED = (StageJoin, StageRefused)
-FROM_STAGE = (StageJoin, StageLoaded, StageReady, BlockSums, PieceEnded, PieceIdle, StageLeaving)
-FROM_FIRST = (StageAssigned, StagePool, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd)
+FROM_STAGE = (StageJoin, StageLoaded, StageReady, BlockSums, BlocksTaken, PieceEnded, PieceIdle, StageLeaving)
+FROM_FIRST = (StageAssigned, StagePool, BlocksWanted, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd)
 
 _NUMBER = struct.Struct("<Q")
 _decoder = msgspec.msgpack.Decoder(StageMessage)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import queue
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
+from baton.kvtransfer.blocks.copies import HostCopies, Pair
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.blocks.stage_pools import SpreadPools, layer_sums
@@ -24,6 +27,7 @@ from baton.node.sockets import Context
 from baton.tests.integration.untrusted import one_of_each_stage_message
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.messages import ModelPart
+from baton.worker.stages.remote.copies import SpreadCopies, StageCopies
 from baton.worker.stages.remote.end import RemoteEnd
 from baton.worker.stages.remote.first import RemoteStages
 from baton.worker.stages.remote.joining import FirstStageLink, NotAPart, summing, written_blocks
@@ -136,14 +140,15 @@ class SendingEnd:
     def close(self) -> None: ...
 
 
-def start(first: FirstStage, *links: FirstStageLink) -> list[int]:
+def start(first: FirstStage, *links: FirstStageLink, pools: Sequence[BlockPool] = ()) -> list[int]:
     """From joining until the stages are ready; the numbers that the links have got."""
     numbers = [link.receive(StageAssigned, WAIT_S).model.stage for link in links]
     for link in links:
         link.send(StageLoaded(fingerprint=bytes(32)))
     first.stages.wait_loaded()
-    for link in links:  # what they are told comes later; what is ready is looked for at once
-        link.use(SendingEnd())  # type: ignore[arg-type]
+    of_stage = dict(enumerate(pools, start=1))
+    for link, number in zip(links, numbers, strict=True):
+        link.use(SendingEnd(), of_stage.get(number) or BlockPool(LAYOUT, 8))  # type: ignore[arg-type]
     names = [f"end/{number}" for number in range(len(links))]
     first.stages.make_ends(8, 4, names, [80] * len(links))
     assert {link.receive(StagePool, WAIT_S).num_blocks for link in links} == {8}
@@ -286,21 +291,69 @@ def test_blocks_of_a_send_are_held_until_the_stage_has_let_go_of_them() -> None:
 def test_digests_of_stages_on_several_hosts_are_those_of_one_pool() -> None:
     """Guards against KV that decode workers take for damaged: they sum up the layers of one pool."""
     cut = Cut.even(LAYOUT.num_units, 1, LAYOUT.num_layers, 3)
-    whole, spread = BlockPool(LAYOUT, 3), SpreadPools(cut, LAYOUT, 3)
-    others = [BlockPool(KVLayout(len(layers), 0, 2, 2, 8, 4, "float32"), 3) for layers in cut.layers[1:]]
+    whole = BlockPool(LAYOUT, 3)
     for block in range(3):
-        data = random.Random(block).randbytes(whole.block_bytes)
-        whole.write(block, data)
-        size = LAYOUT.layer_bytes
-        parts = [data[start : start + size] for start in range(0, len(data), size)]
-        for pool, layers in zip((spread.own, *others), cut.layers, strict=True):
-            pool.write(block, b"".join(parts[unit * 5 + layer] for unit in range(2) for layer in layers))
-    for stage, pool in enumerate(others, start=1):
-        spread.take_sums(stage, (2, 0), layer_sums([pool], 2) + layer_sums([pool], 0))
+        whole.write(block, random.Random(block).randbytes(whole.block_bytes))
+    spread, _ = spread_over(cut, whole)
     assert spread.digests([[0, 2], [2]]) == [whole.layers_digest([0, 2]), whole.layers_digest([2])]
     for blocks, sums in (((3,), b"s" * 64), ((1,), b"s"), ((1 << 62,), b"s" * 64)):
         with pytest.raises(PeerLost, match="are no sums"):
             spread.take_sums(1, blocks, sums)
+
+
+def spread_over(cut: Cut, whole: BlockPool) -> tuple[SpreadPools, list[BlockPool]]:
+    """The contents of a pool in pools of stages: that of the first, and the others."""
+    spread = SpreadPools(cut, LAYOUT, whole.num_blocks)
+    others = [BlockPool(KVLayout(len(layers), 0, 2, 2, 8, 4, "float32"), whole.num_blocks) for layers in cut.layers[1:]]
+    for block in range(whole.num_blocks):
+        parts = np.frombuffer(whole.block(block), np.uint8).reshape(2, 5, -1)
+        for pool, layers in zip((spread.own, *others), cut.layers, strict=True):
+            pool.write(block, parts[:, layers.start : layers.stop].tobytes())
+    for stage, pool in enumerate(others, start=1):
+        for block in range(whole.num_blocks):
+            spread.take_sums(stage, (block,), layer_sums([pool], block))
+    return spread, others
+
+
+def ended(copies: SpreadCopies, copy: int) -> list[bytes]:
+    deadline = time.monotonic() + WAIT_S
+    while (digests := copies.ended(copy)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return digests
+
+
+def test_records_of_the_store_are_those_of_one_pool(stack: ExitStack) -> None:
+    """Guards against KV that other workers cannot load, layers of a stage at the place of another's, loaded blocks that
+    cannot be handed over, and damage that is loaded."""
+    cut = Cut.even(LAYOUT.num_units, 1, LAYOUT.num_layers, 3)
+    whole = BlockPool(LAYOUT, 4)
+    for block in range(4):
+        whole.write(block, random.Random(block).randbytes(whole.block_bytes))
+    spread, others = spread_over(cut, whole)
+    first = FirstStage(stack, 3)
+    start(first, stage_of(stack, first, "a"), stage_of(stack, first, "b"), pools=others)
+    copies, plain = SpreadCopies(spread, first.stages), HostCopies(whole)
+    first.stages.give_answers(copies.take)
+    records = [bytearray(whole.block_bytes) for _ in range(2)]
+    saved = ended(copies, copies.begin_save([Pair(3, memoryview(records[0])), Pair(1, memoryview(records[1]))]))
+    assert records == [whole.block(3), whole.block(1)]
+    expected = [bytearray(whole.block_bytes) for _ in range(2)]
+    pairs = [Pair(block, memoryview(each)) for block, each in zip((3, 1), expected, strict=True)]
+    assert saved == plain.ended(plain.begin_save(pairs))
+    loaded = ended(copies, copies.begin_load([Pair(0, memoryview(records[0])), Pair(2, memoryview(records[1]))]))
+    assert loaded == saved
+    assert spread.digests([[0, 2]]) == [whole.layers_digest([3, 1])]
+    others[1].block(3)[5] ^= 1  # after it was summed up
+    assert ended(copies, copies.begin_save([Pair(3, memoryview(records[0]))])) == [b""]
+
+
+@pytest.mark.parametrize(
+    ("record", "data"), [(b"\xc1", b""), (b"\x92\x01\x91\x63", b""), (b"\x92\x01\x91\x00", b"short")], ids=str
+)
+def test_blocks_that_do_not_fit_are_not_written(record: bytes, data: bytes) -> None:
+    with pytest.raises(PeerLost):
+        StageCopies(BlockPool(LAYOUT, 2)).take(record, bytearray(data))
 
 
 def test_what_a_step_writes_is_summed_up() -> None:
