@@ -22,6 +22,7 @@ from baton.kvtransfer.planes.zeromq import _HEADER, _MAGIC, _VERSION, _parse
 from baton.node.addresses import LOOPBACK
 from baton.node.connections import NameHolders, NameTaken, connection_id, stated_name
 from baton.node.credentials import Credentials
+from baton.node.errors import PeerLost
 from baton.node.messages.base import BadMessage, Message, encode
 from baton.node.messages.store import (
     Arrival,
@@ -50,7 +51,8 @@ from baton.node.messages.store import (
 from baton.node.messages.wire import decode
 from baton.node.sockets import Context
 from baton.tests.fuzz.mutations import feed, mutations
-from baton.tests.integration.untrusted import one_of_each
+from baton.tests.integration.untrusted import one_of_each, one_of_each_stage_message
+from baton.worker.stages.remote.messages import decode_frames, encode_frames
 
 HASH, NAMESPACE = b"h" * 32, b"n" * 32
 STORE_MESSAGES: list[Message] = [
@@ -90,6 +92,17 @@ def test_control_and_transfer_messages() -> None:
         assert encode(decode(encode(message))) == encode(message)
 
     feed([encode(message) for message in one_of_each("r-0")], 50_000, accept, BadMessage)
+
+
+def test_stage_messages() -> None:
+    """Guards prefill workers and their stages on other hosts, which take what raises PeerLost for a lost link."""
+
+    def accept(data: bytes) -> None:
+        number, message, _ = decode_frames([b"\1" + bytes(7), data, b""])
+        assert decode_frames([bytes(frame) for frame in encode_frames(number, message)])[:2] == (number, message)
+
+    samples = [bytes(encode_frames(1, message)[1]) for message in one_of_each_stage_message()]
+    feed(samples, 20_000, accept, PeerLost)
 
 
 def test_store_messages() -> None:
