@@ -347,7 +347,7 @@ class DecodeRole:
             return 0, 0, 0
         longest = min(self._parts.max_model_len, sequence.prompt_len + sequence.sampling.max_tokens)
         in_flight = max(0, min(sequence.num_drafting, longest - 1 - sequence.num_launched))
-        allowed = sequence.speculates and sequence.draft_record.allows()
+        allowed = sequence.speculates and (sequence.draft_record.allows() or sequence.has_forced)
         left = max(0, longest - 1 - sequence.num_expected - in_flight)
         most = min(self._most_drafts, left)
         return in_flight, most * allowed, min(self._draft_reach, left - most)
@@ -483,7 +483,8 @@ class DecodeRole:
         num_accepted = len(drawn.token_ids) - 1
         if drawn.source == "prediction":
             sequence.num_predicted += min(num_accepted, num_appended)
-        sequence.draft_record.verified(drawn.num_drafts, num_accepted)
+        if drawn.source != "grammar":  # says nothing of other drafts
+            sequence.draft_record.verified(drawn.num_drafts, num_accepted)
         self.counters.spec_decode_num_drafts += 1
         self.counters.spec_decode_num_draft_tokens += drawn.num_drafts
         self.counters.spec_decode_num_accepted_tokens += num_accepted

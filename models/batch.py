@@ -17,8 +17,9 @@ import numpy as np
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob, SamplingSpec
 
-DraftSource = Literal["history", "prediction", "answers", "eagle"]
-"""Where drafts come from: the sequence itself, what the client predicts, past answers, a model beside the model."""
+DraftSource = Literal["history", "prediction", "answers", "eagle", "grammar"]
+"""Where drafts come from: the sequence itself, what the client predicts, past answers, a model beside the model, a
+grammar that allows no other tokens."""
 
 
 class Draw(NamedTuple):
@@ -35,6 +36,8 @@ class Draw(NamedTuple):
     """Tokens of which the client says that they may follow the prompt."""
     past_answers: Sequence[int] = ()
     """Tokens that followed similar prompts."""
+    forced: Sequence[int] = ()
+    """Tokens behind `history` of which each is the only one that a grammar allows in its place."""
 
     @property
     def is_masked(self) -> bool:
@@ -112,9 +115,15 @@ class Launched(Protocol):
     """A step that was launched. One with masked draws is open until `complete` was called: all steps before it are read
     until then, and none is launched behind it."""
 
+    @property
+    def masked_drafts(self) -> Sequence[Sequence[int]]:
+        """The drafts of each masked row, of which the step may verify the first ones only; empty: of none. Of an open
+        step, once all steps before it were read."""
+        ...
+
     def complete(self, masks: np.ndarray) -> None:
-        """The tokens that masked rows may draw, in the order of these rows: int32 [rows, ceil(vocabulary / 32)], where
-        token v is bit v % 32 of word v // 32."""
+        """The tokens that masked rows may draw, and may draw behind each of their `masked_drafts`, row by row: int32
+        [rows and drafts, ceil(vocabulary / 32)], where token v is bit v % 32 of word v // 32."""
         ...
 
     def read(self) -> list[Drawn | None]:
@@ -139,6 +148,7 @@ class Done:
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
     prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
+    masked_drafts: Sequence[Sequence[int]] = ()
 
     def complete(self, masks: np.ndarray) -> None:
         raise InvariantBroken("the step has ended already")

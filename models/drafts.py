@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from baton.models.batch import DraftSource, Draw, Row
-from baton.node.messages.control import SamplingSpec
 
 LEAST_MATCH, LONGEST_MATCH = 2, 16
 """Tokens of an end that are compared."""
@@ -100,10 +99,10 @@ def drafts_of(match_length: int) -> int:
     return 2 * (match_length - 1)
 
 
-def may_draft(sampling: SamplingSpec) -> bool:
-    """Whether all that a draw by these parameters needs of the tokens before it is known with drafts in their place: a
-    grammar says what it allows only when these are drawn."""
-    return sampling.grammar is None
+def led_by(forced: Sequence[int], drafts: Drafts, most: int) -> Drafts:
+    """The drafts if they begin with all of up to `most` forced tokens, else these: a grammar allows no others there."""
+    first = tuple(forced[:most])
+    return drafts if drafts.token_ids[: len(first)] == first else Drafts(first, "grammar")
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:

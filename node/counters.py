@@ -46,7 +46,7 @@ class WorkerCounters:
 
 MOST_DRAFTS = 15
 """Drafts that a step verifies of one sequence at most."""
-DRAFT_SOURCES = ("history", "prediction", "answers", "eagle")
+DRAFT_SOURCES = ("history", "prediction", "answers", "eagle", "grammar")
 
 
 def _accepted_at(place: int) -> Any:
@@ -66,6 +66,7 @@ class DecodeCounters(WorkerCounters):
     spec_decode_accepted_prediction: int = counted("Of these, those that the client predicted.")
     spec_decode_accepted_answers: int = counted("Of these, those found in answers to similar prompts.")
     spec_decode_accepted_eagle: int = counted("Of these, those of an EAGLE-3 draft.")
+    spec_decode_accepted_grammar: int = counted("Of these, those that a grammar allowed alone.")
     spec_decode_accepted_at_0: int = _accepted_at(0)
     spec_decode_accepted_at_1: int = _accepted_at(1)
     spec_decode_accepted_at_2: int = _accepted_at(2)

@@ -91,6 +91,8 @@ class SimStep:
     device_time: DeviceTime | None = None
     prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
 
+    masked_drafts: Sequence[Sequence[int]] = ()
+
     def complete(self, masks: np.ndarray) -> None:
         raise InvariantBroken("simulated requests have no grammars")
 

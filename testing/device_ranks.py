@@ -126,6 +126,10 @@ class RanksLaunched:
         self._ranks, self._steps = ranks, steps
         self.prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = {}
 
+    @property
+    def masked_drafts(self) -> Sequence[Sequence[int]]:
+        return self._steps[0].masked_drafts
+
     def complete(self, masks: np.ndarray) -> None:
         self._ranks.all(lambda index: self._steps[index].complete(masks))
 

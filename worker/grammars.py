@@ -3,7 +3,7 @@
     grammars.compile(grammar)            # at once a Constraint, or None: a GrammarCompiled follows
     grammars.constraint(event)           # after each of these; None: another follows
     constraint.advance(token_ids)        # what was drawn
-    grammars.masks([constraint, ...])    # for Launched.complete
+    grammars.masks([constraint, ...], [drafts, ...])    # for Launched.complete
 
 Copies of one matcher share its lexer, which one thread uses at a time. So sequences of one grammar get matchers that
 were compiled apart, as long as there are fewer of these than threads that make masks. This module knows no sequence,
@@ -25,11 +25,11 @@ from weakref import WeakSet
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from baton.node.counters import GrammarCounters
 from baton.node.messages.control import Grammar
-from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.constraint import Allowed, Constraint, GrammarCompiled
 from baton.worker.grammar_tokenizer import GrammarTokenizer
 
 COMPILE_THREADS = 2
@@ -85,6 +85,39 @@ class _CompiledGrammar:
         return None if found is None or (found.copies and self.num_pending) else found
 
 
+@dataclass(frozen=True, slots=True)
+class _MaskedPart:
+    """The masks of one constraint among those of a step."""
+
+    constraint: Constraint
+    first: int
+    end: int
+    along: list[Allowed]
+    """One a place; the matcher fills the masks of those that follow text of its own one behind the other."""
+    base: int
+    """The last place that follows none."""
+    text: list[int]
+    """Drafts that the matcher takes behind it."""
+
+    @classmethod
+    def of(cls, constraint: Constraint, drafts: Sequence[int], first: int) -> _MaskedPart:
+        along = constraint.along(drafts)
+        base = max((place for place, each in enumerate(along) if each.masked and not each.num_text), default=0)
+        taken = [token_id for token_id in drafts[base:] if token_id not in constraint.end_ids]
+        return cls(constraint, first, first + 1 + len(drafts), along, base, taken[: along[-1].num_text])
+
+    def spread(self, masks: np.ndarray) -> list[int]:
+        """Bring what the matcher has filled from `base` on to its places; the rows of these."""
+        filled = self.first + self.base
+        while self.along[-1].num_text and not masks[filled + self.along[-1].num_text].any():
+            self.along.pop()  # the draft before it, or an earlier one, is not allowed
+        rows = [(self.first + place, filled + each.num_text) for place, each in enumerate(self.along) if each.masked]
+        for row, source in reversed(rows):
+            if row != source:
+                masks[row] = masks[source]
+        return [row for row, _ in rows]
+
+
 class GrammarCompiler:
     """Compiles grammars over one tokenizer. One thread makes all calls; `on_compiled` is called from others."""
 
@@ -135,34 +168,57 @@ class GrammarCompiler:
         original.copies.add(constraint)
         return constraint
 
-    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
-        """What each allows next, int32 [constraints, ceil(vocabulary / 32)], as models.batch.Launched takes them."""
-        masks = np.zeros((len(constraints), -(-self._vocab_size // 32)), dtype=np.int32)
-        by_lexer = sorted(enumerate(constraints), key=lambda entry: entry[1].lexer)  # a thread takes neighbours
-        filled: list[Any] = [(each.matcher, row) for row, each in by_lexer if each.matcher is not None]
-        if filled:
-            if self._executor is None:
-                self._executor = LLExecutor(self._mask_threads)
-            fill_next_token_bitmask_par(self._executor, filled, masks)
-            self._translate_ends(constraints, masks)
-        for row, each in enumerate(constraints):
-            if each.is_free:
-                masks[row] = ALL_TOKENS
-            for token_id in each.barred:
-                masks[row, token_id // 32] &= ~_bit(token_id)
-            for token_id in each.listed:
-                masks[row, token_id // 32] |= _bit(token_id)
+    def masks(self, constraints: Sequence[Constraint], drafts: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        """What each allows next, and behind each of its drafts: int32 [constraints and drafts, ceil(vocabulary / 32)],
+        as models.batch.Launched takes them. drafts: of each; empty: of none. What is behind a draft that is not allowed
+        itself is never reached: some tokens are allowed there."""
+        parts, size = [], 0
+        for constraint, own in zip(constraints, drafts or [()] * len(constraints), strict=True):
+            parts.append(_MaskedPart.of(constraint, own, size))
+            size += 1 + len(own)
+        masks = np.zeros((size, -(-self._vocab_size // 32)), dtype=np.int32)
+        self._fill(masks, parts)
+        for part in parts:
+            for row, each in enumerate(part.along, part.first):
+                if each.is_free:
+                    masks[row] = ALL_TOKENS
+                for token_id in each.barred:
+                    masks[row, token_id // 32] &= ~_bit(token_id)
+                for token_id in each.listed:
+                    masks[row, token_id // 32] |= _bit(token_id)
+            masks[part.first + len(part.along) : part.end] = ALL_TOKENS
         return masks
 
-    def _translate_ends(self, constraints: Sequence[Constraint], masks: np.ndarray) -> None:
-        """Let the tokens that end each grammar's text stand where the library allows its own."""
+    def _fill(self, masks: np.ndarray, parts: Sequence[_MaskedPart]) -> None:
+        """The masks of matchers. Of parts' places those go that are not reached."""
+        filled = [part for part in parts if any(each.masked for each in part.along)]
+        if not filled:
+            return
+        if self._executor is None:
+            self._executor = LLExecutor(self._mask_threads)
+        filled.sort(key=lambda part: part.constraint.lexer)  # a thread takes neighbours
+        alone: list[Any] = [(part.constraint.matcher, part.first + part.base) for part in filled if not part.text]
+        if alone:
+            fill_next_token_bitmask_par(self._executor, alone, masks)
+        drafted: list[Any] = [
+            (part.constraint.matcher, part.first + part.base, part.text) for part in filled if part.text
+        ]
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
+        by_ends: dict[tuple[int, ...], list[int]] = {}
+        for part in filled:
+            by_ends.setdefault(part.constraint.end_ids, []).extend(part.spread(masks))
+        for end_ids, rows in by_ends.items():
+            self._translate_ends(masks, rows, end_ids)
+
+    def _translate_ends(self, masks: np.ndarray, rows: Sequence[int], end_ids: Sequence[int]) -> None:
+        """Let the tokens that end the text of these rows' grammar stand where the library allows its own."""
         end_id = self._tokenizer.result().end_id
-        ends = np.flatnonzero(masks[:, end_id // 32] & _bit(end_id))
-        for token_id in {end_id, *(token_id for each in constraints for token_id in each.end_ids)}:
-            masks[:, token_id // 32] &= ~_bit(token_id)
-        for row in ends.tolist():
-            for token_id in constraints[row].end_ids:
-                masks[row, token_id // 32] |= _bit(token_id)
+        ends = [row for row, word in zip(rows, masks[rows, end_id // 32].tolist(), strict=True) if word & _bit(end_id)]
+        for token_id in {end_id, *end_ids}:
+            masks[rows, token_id // 32] &= ~_bit(token_id)
+        for token_id in end_ids:
+            masks[ends, token_id // 32] |= _bit(token_id)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Drawn, Launched
 from baton.node.leg import LegKey
 from baton.node.messages.control import PromptLogprobs
-from baton.worker.constraint import Constraint
-from baton.worker.parts import Runner
+from baton.worker.parts import Grammars, Runner
 from baton.worker.sequence import Sequence
 
 
@@ -107,14 +104,14 @@ class InFlightSteps:
         """The newest step needs masks before it can be read, and before another is launched."""
         return bool(self._steps) and bool(self._steps[-1].masked)
 
-    def complete(self, masks: Callable[[list[Constraint]], np.ndarray]) -> float:
+    def complete(self, grammars: Grammars) -> float:
         """Give the step its masks, if it awaits some and all steps before it were read. The seconds that this took."""
         if len(self._steps) != 1 or not self.awaits_masks:
             return 0.0
         began_at, step = self._clock(), self._steps[0]
         constraints = [each.constraint for each in step.masked if each.constraint is not None]
         assert len(constraints) == len(step.masked), "a sequence drew before its grammar was compiled"
-        step.launched.complete(masks(constraints))
+        step.launched.complete(grammars.masks(constraints, step.launched.masked_drafts))
         step.masked.clear()
         return self._clock() - began_at
 

@@ -328,7 +328,7 @@ class Loop:
         """Give the newest step its masks, if it awaits some and all steps before it were read."""
         counters, steps = self.role.counters, self.role.steps
         if steps.awaits_masks and len(steps) == 1:
-            counters.mask_seconds += steps.complete(self._parts.grammars.masks)
+            counters.mask_seconds += steps.complete(self._parts.grammars)
             counters.masked_steps += 1
 
     # -- load

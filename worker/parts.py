@@ -84,7 +84,7 @@ class Grammars(Protocol):
 
     def constraint(self, event: GrammarCompiled) -> Constraint | None: ...
 
-    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray: ...
+    def masks(self, constraints: Sequence[Constraint], drafts: Sequence[Sequence[int]] = ()) -> np.ndarray: ...
 
 
 class NoGrammars:
@@ -98,7 +98,7 @@ class NoGrammars:
     def constraint(self, event: GrammarCompiled) -> Constraint | None:
         raise InvariantBroken("a grammar, where none is compiled")
 
-    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
+    def masks(self, constraints: Sequence[Constraint], drafts: Sequence[Sequence[int]] = ()) -> np.ndarray:
         raise InvariantBroken("masks, where no grammar is compiled")
 
 

@@ -6,13 +6,14 @@ no queue, no schedule and no clock.
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.models.batch import Draw, PromptTargets, Row
-from baton.models.drafts import may_draft
+from baton.node.counters import MOST_DRAFTS
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import (
@@ -33,6 +34,9 @@ from baton.node.messages.control import (
 from baton.worker.constraint import Constraint
 from baton.worker.draft_record import DraftRecord
 from baton.worker.stats import StageTimes
+
+MOST_FORCED = 2 * (MOST_DRAFTS + 1)
+"""Tokens of a step in flight and of the one behind it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +74,7 @@ class Sequence:
     past_answers: tuple[int, ...] = ()
     """Tokens that followed similar prompts."""
     speculates: bool = True
-    """Its draws may be drafted: the client allows it, and they need nothing of the tokens drawn just before."""
+    """Its draws may be drafted: the client allows it."""
     num_predicted: int = 0
     """Of the tokens that were not sent yet, those that were drafts from the prediction."""
     draft_record: DraftRecord = field(default_factory=DraftRecord)
@@ -123,7 +127,7 @@ class Sequence:
             contended=body.contended,
             hands_over=isinstance(message, Prefill) and body.sampling.max_tokens > 0,
             num_sent=len(body.token_ids) - body.prompt_len,
-            speculates=body.speculate and may_draft(body.sampling),
+            speculates=body.speculate,
             prediction=body.prediction_ids,
             adapter=body.adapter,
         )
@@ -152,11 +156,12 @@ class Sequence:
         start = self.num_launched
         end = start + length
         expected = len(self.token_ids) + self.num_pending
-        draw = None
+        draw, drafts = None, 0
         if end == expected and self.draws:
             num_generated, drafted = expected - self.prompt_len, (self.prediction, self.past_answers)
-            draw = Draw(self.sampling, self.token_ids, self.prompt_len, num_generated, *drafted)
-        drafts = self.most_drafts if draw is not None and length == 1 and expected > self.prompt_len else 0
+            drafts = self.most_drafts if length == 1 and num_generated else 0
+            forced = self.forced if drafts else ()
+            draw = Draw(self.sampling, self.token_ids, self.prompt_len, num_generated, *drafted, forced)
         targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
         following = self.token_ids[end] if end < len(self.token_ids) else None
         assert not self.awaits_adapter, f"{self.leg} computes without its adapter"
@@ -197,6 +202,16 @@ class Sequence:
     def ends_with_prompt(self) -> bool:
         """The prompt is computed and nothing is to be drawn."""
         return not self.draws and self.num_computed == len(self.token_ids)
+
+    @property
+    def forced(self) -> abc.Sequence[int]:
+        """Tokens behind the known ones that its grammar allows alone, as many as steps in flight and the next take."""
+        return () if self.constraint is None else self.constraint.forced[:MOST_FORCED]
+
+    @property
+    def has_forced(self) -> bool:
+        """There are such tokens behind the one that a step in flight draws."""
+        return self.constraint is not None and len(self.constraint.forced) > self.num_pending
 
     @property
     def awaits_grammar(self) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 
 from baton import kernels
 from baton.models.batch import Draw, Drawn, Row
@@ -23,7 +24,7 @@ from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.cpu.verify import Verified
-from baton.models.drafts import NO_DRAFTS, Drafts, may_draft
+from baton.models.drafts import NO_DRAFTS, Drafts
 from baton.models.eagle_config import EagleConfig
 from baton.models.eagle_weights import EagleWeights
 from baton.models.rope import inverse_frequencies, rotations
@@ -95,7 +96,7 @@ class EagleDrafts:
             self._propose(entries, self._weights.fc(tapped[of_entries]))
 
     def _proposes(self, row: Row) -> bool:
-        return self._most > 0 and row.draw is not None and len(row.token_ids) == 1 and may_draft(row.draw.sampling)
+        return self._most > 0 and row.draw is not None and len(row.token_ids) == 1
 
     def _write(self, rows: Sequence[Row], sources: Sequence[Sequence[int]], tapped: torch.Tensor) -> None:
         """Keys and values of entries; sources: where each has its hidden states, [N, T], row by row."""
@@ -117,7 +118,8 @@ class EagleDrafts:
             for index in going:
                 row, place, token = entries[index]
                 assert row.draw is not None, "rows that draw"
-                draw = row.draw._replace(num_generated=row.draw.num_generated + number + 1)
+                free = replace(row.draw.sampling, grammar=None)  # masks are of the model's draws
+                draw = row.draw._replace(sampling=free, num_generated=row.draw.num_generated + number + 1)
                 rows.append(Row((drafts[index][-1] if number else token,), place + number, row.blocks, draw))
             tokens, hidden = self._advance(rows, hidden)
             for index, found in zip(going, tokens, strict=True):

@@ -207,7 +207,7 @@ class ModelRunner:
             verified = Verified.proposed(rows, self._eagle.drafts_for)
         self._peers.begin(verified.rows)
         opened = self._open(verified, entering)
-        return opened if opened.masked_rows else opened.draw({})
+        return opened if verified.masked else opened.draw({})
 
     def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> torch.Tensor:
         """A step in a stage before the last: what the next one enters with, [N, hidden]."""
@@ -322,11 +322,16 @@ class OpenStep:
         self._verified, self._rows = verified, verified.rows
         self._undrawn_rows, self._tokens, self._take_in = undrawn_rows, tokens, take_in
         self._logits = logits
-        self.masked_rows = [i for i, row in enumerate(self._rows) if row.draw is not None and row.draw.is_masked]
         self._ended: Done | None = None
 
+    @property
+    def masked_drafts(self) -> Sequence[Sequence[int]]:
+        own = [drafted for _, *drafted in self._verified.masked]
+        return [[self._rows[index].token_ids[0] for index in drafted] for drafted in own]
+
     def complete(self, masks: np.ndarray) -> None:
-        self._ended = self.draw(dict(zip(self.masked_rows, masks, strict=True)))
+        masked = [index for own in self._verified.masked for index in own]
+        self._ended = self.draw(dict(zip(masked, masks, strict=True)))
 
     def read(self) -> list[Drawn | None]:
         if self._ended is None:

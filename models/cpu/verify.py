@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.models.batch import Drawn, Row
-from baton.models.drafts import NO_DRAFTS, Drafter, Drafts, num_accepted, rows_of_drafts
+from baton.models.drafts import NO_DRAFTS, Drafter, Drafts, led_by, num_accepted, rows_of_drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,22 @@ class Verified:
         """propose: called for each row that may have drafts."""
         all_rows, found = list(rows), {}
         for index, row in enumerate(rows):
-            if row.most_drafts and row.draw is not None and (drafts := propose(row)).token_ids:
+            if not row.most_drafts or row.draw is None:
+                continue
+            if (drafts := led_by(row.draw.forced, propose(row), row.most_drafts)).token_ids:
                 found[index] = (len(all_rows), drafts)
                 all_rows += rows_of_drafts(row, drafts.token_ids)
         return cls(all_rows, len(rows), found)
+
+    @property
+    def masked(self) -> list[list[int]]:
+        """Of each given row with a masked draw: its number, and those of its drafts."""
+        found = []
+        for index, row in enumerate(self.rows[: self.num_given]):
+            if row.draw is not None and row.draw.is_masked:
+                first, drafts = self.drafts.get(index, (0, NO_DRAFTS))
+                found.append([index, *range(first, first + len(drafts.token_ids))])
+        return found
 
     def accept(self, drawn: Sequence[Drawn | None]) -> list[Drawn | None]:
         """What the given rows draw, of what all rows drew."""

@@ -23,7 +23,7 @@ from baton.kernels.triton.sampling_rows import SlotTables
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.batch import Row
 from baton.models.cuda.queue import Queue, Upload, copy_async
-from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, MOST_ANSWER_TOKENS, SEARCHED, may_draft
+from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, MOST_ANSWER_TOKENS, SEARCHED
 from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
 
@@ -54,7 +54,7 @@ class DraftSlots:
         draw = row.draw
         assert draw is not None and row.token_ids, "a row that brings its tokens, and draws"
         length = row.start + len(row.token_ids)
-        searches = searches and may_draft(draw.sampling) and len(draw.history) >= length
+        searches = searches and not draw.is_masked and len(draw.history) >= length
         predicted, answers = (draw.prediction, draw.past_answers) if searches else ((), ())
         line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
         line[columns.LENGTH.value] = length

@@ -172,6 +172,7 @@ class LaunchedStep:
     """Called by `read`, once; raises where the step has no result."""
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
+    masked_drafts: Sequence[Sequence[int]] = ()
 
     @property
     def device_time(self) -> DeviceTime | None:

@@ -55,6 +55,10 @@ class LedStep:
     def __init__(self, step: Launched, tell: Callable[[bytes], None]) -> None:
         self._step, self._tell = step, tell
 
+    @property
+    def masked_drafts(self) -> Sequence[Sequence[int]]:
+        return self._step.masked_drafts
+
     def complete(self, masks: np.ndarray) -> None:
         self._tell(encode_masks(masks))
         self._step.complete(masks)

@@ -51,6 +51,7 @@ class PipelinedStep:
     """models.batch.Launched: a step that the last stage ends. Steps are read in the order of their launches."""
 
     device_time = None
+    masked_drafts: Sequence[Sequence[int]] = ()  # no step in stages has drafts
 
     def __init__(self, last: StepLink) -> None:
         self._last = last

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.models.batch import Draw, Drawn, Row
 from baton.models.cpu.verify import Verified
-from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, Drafts, drafts_of, may_draft, propose
-from baton.node.messages.control import Grammar, SamplingSpec
+from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, Drafts, drafts_of, led_by, propose
+from baton.node.messages.control import SamplingSpec
 
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -74,7 +75,12 @@ def test_accepted_tokens_are_those_of_sequential_drawing(seed, right, most):
     ]
 
 
-def test_draws_by_a_grammar_have_no_drafts():
-    """Guards against drafts where the tokens drawn before say which may be drawn next."""
-    assert may_draft(SamplingSpec(max_tokens=3, top_k=5, logprobs=True, frequency_penalty=0.1, bad_words=((1,),)))
-    assert not may_draft(SamplingSpec(max_tokens=3, grammar=Grammar(text="start: /x/", end_ids=(0,))))
+@pytest.mark.parametrize(
+    ("forced", "drafts", "led"),
+    [((), (5, 6), (5, 6)), ((7, 8), (5, 6), (7, 8)), ((5, 6), (5, 6, 9), (5, 6, 9)), ((5, 6, 1, 2), (5,), (5, 6, 1))],
+)
+def test_forced_tokens_come_before_other_drafts(forced, drafts, led):
+    """Guards against drafts that a grammar does not allow where others are certain, and against the loss of drafts
+    that go on behind these."""
+    found = led_by(forced, Drafts(drafts), 3)
+    assert found == Drafts(led, "history" if led == drafts else "grammar")

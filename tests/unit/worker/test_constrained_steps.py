@@ -40,6 +40,9 @@ class Counter:
         self.next += 1
         return allowed
 
+    def compute_ff_tokens(self) -> list[int]:
+        return []
+
     def is_accepting(self) -> bool:
         return False
 
@@ -61,8 +64,9 @@ class CountingGrammars:
     def constraint(self, event: GrammarCompiled) -> Constraint | None:
         return self.compile(event.grammar)
 
-    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
-        return np.array([[each.matcher.next if each.matcher else FREE] for each in constraints])  # type: ignore[attr-defined]
+    def masks(self, constraints: Sequence[Constraint], drafts: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        assert not any(drafts)
+        return np.array([[FREE if each.is_broken else each.matcher.next] for each in constraints])  # type: ignore[attr-defined]
 
 
 class MaskedStep:
@@ -75,6 +79,11 @@ class MaskedStep:
         self._runner, self._rows = runner, rows
         self._masks: list[int] | None = None
         self.masked = [row for row in rows if row.draw is not None and row.draw.is_masked]
+
+    @property
+    def masked_drafts(self) -> list[tuple[int, ...]]:
+        assert self._runner.unread == [self], "looked at while a step before it was not read"
+        return [()] * len(self.masked)
 
     def complete(self, masks: np.ndarray) -> None:
         assert self._runner.unread == [self], "completed while a step before it was not read"

@@ -252,3 +252,43 @@ def test_reasoning_that_may_be_left_out_is_over_with_the_first_other_token(bench
     for each in (plain, skipping):
         each.advance((first,))
     assert bench.allowed(plain) == bench.allowed(skipping)
+
+
+@pytest.mark.parametrize("opened_by", [(), (THINK,)])
+def test_masks_behind_drafts_are_those_of_one_token_after_the_other(bench: Bench, opened_by: tuple[int, ...]) -> None:
+    """Guards drafts: through reasoning and its end, forced tokens, a complete text, ends that end nothing, and wrong
+    drafts; the matcher is where it was then."""
+    grammar = Grammar(
+        text=OBJECT.text, end_ids=(END, 7), begins_after=(ANSWER,), opened_by=opened_by, blank_ids=(BLANK,)
+    )
+    draws = random.Random(5)
+    single, ahead, other = bench.constraint(grammar), bench.constraint(grammar), bench.constraint(OBJECT)
+    path, allowed = [*opened_by, 400, 401, ANSWER, BLANK], []
+    while path[-3:] != [END] * 3:
+        for token in path[len(allowed) :]:
+            allowed.append(bench.allowed(single)[0])
+            single.advance((token,))
+        now = bench.allowed(single)[0]
+        path.append(END if END in now else draws.choice(sorted(now - {BLANK, 7})))
+    allowed.append(bench.allowed(single)[0])
+    num_forced, place = 0, 0
+    while place < len(path):
+        drafts = path[place : place + draws.randint(0, 7)]
+        wrong = draws.randint(0, 9)
+        if wrong < len(drafts):
+            drafts[wrong] = min(set(range(VOCAB)) - allowed[place + wrong])
+        masks = bench.grammars.masks([ahead, other], [drafts, ()])
+        found = [set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()) for mask in masks]
+        assert len(found) == len(drafts) + 2
+        reached = next((number for number, token in enumerate(drafts) if token != path[place + number]), len(drafts))
+        expected = allowed[place : place + reached + 1]
+        assert found[: len(expected)] == expected
+        assert all(found)
+        assert found[-1] == bench.allowed(other)[0]
+        forced = list(ahead.forced)
+        assert path[place : place + len(forced)] == forced
+        num_forced = max(num_forced, len(forced))
+        taken = path[place : place + max(1, reached)]
+        ahead.advance(taken)
+        place += len(taken)
+    assert num_forced > 1 and not ahead.is_broken
