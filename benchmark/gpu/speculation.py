@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
@@ -25,7 +25,7 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.kernels.triton.draft_inputs import NUM_DRAFTS
 from baton.models.batch import Draw, Launched, Row
-from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
+from baton.models.cuda.draft_budget import NONE_CERTAIN, BudgetChoice, DraftBudget, DraftResult
 from baton.models.cuda.drafts import DraftSlots
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
@@ -130,10 +130,10 @@ class Fixed(DraftBudget):
         super().__init__((tokens,), 1)
         self._tokens = tokens
 
-    def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
+    def choose(self, rows: Iterable[tuple[int, int]], certain: Mapping[int, int] = NONE_CERTAIN) -> BudgetChoice:
         return BudgetChoice(self._tokens, 0.0, tuple(slot for slot, _ in rows))
 
-    def read(self, choice: BudgetChoice, results: Iterable[tuple[int, int, int]], busy_s: float | None) -> None:
+    def read(self, choice: BudgetChoice, results: Iterable[DraftResult], busy_s: float | None) -> None:
         """Learns nothing."""
 
 
@@ -228,7 +228,7 @@ def kernels(lines: JsonLines, rows: int, tokens: int) -> None:
     for slot in range(rows):
         history = [chance.randrange(100_000) for _ in range(tokens)]
         row = Row(history[-1:], tokens - 1, [0], Draw(sampling, history, tokens - 8, 8), slot, most_drafts=7)
-        slots.begin(row, tokens + 64, searches=True)
+        slots.begin(row, tokens + 64)
     slots.flush()
     of_rows = torch.arange(rows, dtype=torch.int32, device="cuda:0")
     drawn = torch.zeros(rows, dtype=torch.int32, device="cuda:0")

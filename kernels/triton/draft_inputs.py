@@ -30,12 +30,13 @@ LAST = tl.constexpr(2)  # the last of them
 NUM_DRAFTS = tl.constexpr(3)  # drafts behind it
 SEARCHES = tl.constexpr(4)  # 1: drafts are looked for
 NUM_PREDICTED = tl.constexpr(5)  # tokens of the client's prediction
-SOURCE = tl.constexpr(6)  # where the drafts come from: HISTORY, PREDICTION, ANSWERS or EAGLE
+SOURCE = tl.constexpr(6)  # where the drafts come from: HISTORY, PREDICTION, ANSWERS, EAGLE or GRAMMAR
 CURSOR = tl.constexpr(7)  # place in the text of the first draft; behind the tokens accepted since; 0: none
 MISSED = tl.constexpr(8)  # 1: the last drafts that were verified were not accepted
 NUM_ANSWERS = tl.constexpr(9)  # tokens of past answers, in front of the prediction
 COLUMNS = tl.constexpr(16)
 HISTORY, PREDICTION, ANSWERS, EAGLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+GRAMMAR = tl.constexpr(4)
 
 
 @dataclass(frozen=True, slots=True)

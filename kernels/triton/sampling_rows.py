@@ -45,7 +45,7 @@ PRESENCE = tl.constexpr(11)  # f
 PREPARED = tl.constexpr(12)  # 1: anything beyond a temperature
 PENALISED = tl.constexpr(13)  # 1: the counts of the slot are kept
 NUM_TOP = tl.constexpr(14)  # likeliest tokens to name with the logprob; -1: no logprob
-MASKED = tl.constexpr(15)  # 1: only tokens whose bit in the slot's mask is 1 are drawn
+MASKED = tl.constexpr(15)  # tokens must have a bit: 1: in the slot's first mask; 2: in the one behind the same draft
 NUM_BAD_WORDS = tl.constexpr(16)  # above 0: the slot's last tokens are kept
 COLUMNS = tl.constexpr(20)
 
@@ -71,12 +71,13 @@ class SlotTables:
     bias_values: torch.Tensor  # float32 [slots, MAX_BIAS]
     stop_ids: torch.Tensor  # int32 [slots, MAX_STOPS]
     counts: torch.Tensor  # int32 [slots, V]
-    masks: torch.Tensor  # int32 [slots, ceil(V / 32)]: bit v % 32 of word v // 32 belongs to token v
+    masks: torch.Tensor  # int32 [slots, 1 + drafts, ceil(V / 32)]: bit v % 32 of word v // 32 belongs to token v; first
+    # what may follow the known tokens, then what may follow each draft
     bad_words: torch.Tensor  # int32 [slots, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS]: ends last, -1 before a shorter one
     recent: torch.Tensor  # int32 [slots, MAX_BAD_WORD_TOKENS]: of position p at p % MAX_BAD_WORD_TOKENS; -1: a prompt's
 
     @classmethod
-    def make(cls, num_slots: int, vocab_size: int, device: str) -> SlotTables:
+    def make(cls, num_slots: int, vocab_size: int, device: str, most_drafts: int = 0) -> SlotTables:
         """All zero: greedy rows that ask for nothing. The counts are four bytes a slot and token."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -88,7 +89,7 @@ class SlotTables:
             bias_values=zeros(num_slots, MAX_BIAS, dtype=torch.float32),
             stop_ids=zeros(num_slots, MAX_STOPS),
             counts=zeros(num_slots, vocab_size),
-            masks=zeros(num_slots, triton.cdiv(vocab_size, 32)),
+            masks=zeros(num_slots, 1 + most_drafts, triton.cdiv(vocab_size, 32)),
             bad_words=zeros(num_slots, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS),
             recent=zeros(num_slots, MAX_BAD_WORD_TOKENS),
         )
@@ -118,8 +119,8 @@ def table_float(table_ptr, slot, COLUMN: tl.constexpr):
 def _prepare_kernel(
     logits_ptr, slot_ptr, position_ptr, table_ptr, bias_id_ptr, bias_value_ptr, stop_ptr, count_ptr, mask_ptr,
     bad_word_ptr, recent_ptr, known_ptr, draft_ptr, known_stride, draft_stride, value_ptr, largest_ptr,
-    DRAFTED: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr, MAX_STOPS: tl.constexpr,
-    MAX_BAD_WORDS: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
+    DRAFTED: tl.constexpr, MASKS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr,
+    MAX_STOPS: tl.constexpr, MAX_BAD_WORDS: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -130,13 +131,17 @@ def _prepare_kernel(
     inside = token < VOCAB
     place = value_ptr + row * VOCAB
     x = tl.load(logits_ptr + row * VOCAB + token, mask=inside, other=float("-inf")).to(tl.float32)
-    if tl.load(entry + MASKED) != 0:
-        word = tl.load(mask_ptr + slot * tl.cdiv(VOCAB, 32) + token // 32, mask=inside, other=0)
-        x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
     position = tl.load(position_ptr + row)
     before_it = 0  # drafts before the token, which neither the counts nor the last tokens of the slot include
     if DRAFTED:
         before_it = tl.maximum(position - tl.load(known_ptr + slot * known_stride), 0)
+    masked = tl.load(entry + MASKED)
+    if masked != 0:
+        mask = mask_ptr + (slot * MASKS + tl.where(masked > 1, tl.minimum(before_it, MASKS - 1), 0)) * tl.cdiv(
+            VOCAB, 32
+        )
+        word = tl.load(mask + token // 32, mask=inside, other=0)
+        x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
     num_bias, num_bad = tl.load(entry + NUM_BIAS), tl.load(entry + NUM_BAD_WORDS)
     num_stops = tl.where(position < tl.load(entry + MIN_UNTIL), tl.load(entry + NUM_STOPS), 0)
     if num_bias + num_stops + num_bad > 0:  # single tokens: through memory, where a program owns its block
@@ -255,8 +260,8 @@ def prepare(
             logits, slots, positions, tables.table, tables.bias_ids, tables.bias_values, tables.stop_ids,
             tables.counts, tables.masks, tables.bad_words, tables.recent, *(drafted or (None, None)),
             *((0, 0) if drafted is None else (drafted[0].stride(0), drafted[1].stride(0))), out.values, out.largest,
-            DRAFTED=drafted is not None, VOCAB=vocab_size, BLOCK=BLOCK, MAX_BIAS=MAX_BIAS, MAX_STOPS=MAX_STOPS,
-            MAX_BAD_WORDS=MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=WARPS,
+            DRAFTED=drafted is not None, MASKS=tables.masks.shape[1], VOCAB=vocab_size, BLOCK=BLOCK, MAX_BIAS=MAX_BIAS,
+            MAX_STOPS=MAX_STOPS, MAX_BAD_WORDS=MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -12,8 +12,10 @@ the one tells the other.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,21 @@ CHAIN_STEPS, CHAIN_EVERY = 4, 128
 changed."""
 FIRST_WINDOW, FIRST_TRUST, TRUST_DECAY = 2, 0.25, 0.5
 """Places that a sequence begins with, and the part of its steps with drafts that are taken to accept one."""
+
+
+NONE_CERTAIN: Mapping[int, int] = MappingProxyType({})
+
+
+class DraftResult(NamedTuple):
+    """What became of the drafts of a row."""
+
+    num_drawn: int
+    """Tokens."""
+    num_verified: int
+    num_next: int
+    """Proposed for the next step."""
+    forced: bool = False
+    """A grammar allowed no other tokens: says nothing of other drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +138,9 @@ class DraftBudget:
         """The slot has another sequence."""
         self._slots.pop(slot, None)
 
-    def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
-        """For rows given as slot, and drafts that it may have."""
-        choice = self._choose(list(rows))
+    def choose(self, rows: Iterable[tuple[int, int]], certain: Mapping[int, int] = NONE_CERTAIN) -> BudgetChoice:
+        """For rows given as slot, and drafts that it may have; certain: of slots, how many will surely be accepted."""
+        choice = self._choose(list(rows), certain)
         self._step += 1
         return choice if self._pays or self._is_probing or not self._by_model else replace(choice, proposes=False)
 
@@ -132,16 +149,19 @@ class DraftBudget:
         """Drafts of a model are proposed, and some verified, whatever is known of them."""
         return self._step % CHAIN_EVERY < CHAIN_STEPS
 
-    def _choose(self, given: Sequence[tuple[int, int]]) -> BudgetChoice:
+    def _choose(self, given: Sequence[tuple[int, int]], certain: Mapping[int, int]) -> BudgetChoice:
         count, slots = len(given), tuple(slot for slot, _ in given)
-        known = [(self._slots[slot], most) for slot, most in given if slot in self._slots]
+        num_certain = sum(min(certain.get(slot, 0), most) for slot, most in given)
+        known = [(self._slots[slot], most) for slot, most in given if slot in self._slots and not certain.get(slot)]
         wanted = [(each, min(each.coming, most)) for each, most in known if min(each.number, most)]
         least = self._sizes[bisect_left(self._sizes, count)]
-        if not wanted:
+        if not (wanted or num_certain):
             return BudgetChoice(least, 0.0, slots)
         survival = (self._accepted / self._offered).cumprod(axis=1)
-        worth = np.sort(np.concatenate([each.trust * survival[each.number, :places] for each, places in wanted]))[::-1]
-        gained = np.concatenate(([0.0], worth.cumsum())) * min(1.0, self._came / self._foreseen)
+        worths = [each.trust * survival[each.number, :places] for each, places in wanted]
+        others = np.sort(np.concatenate([np.empty(0), *worths]))[::-1] * min(1.0, self._came / self._foreseen)
+        worth = np.concatenate((np.ones(num_certain), others))
+        gained = np.concatenate(([0.0], worth.cumsum()))
 
         def expected(tokens: int) -> float:
             return float(gained[min(tokens - count, len(worth))])
@@ -170,14 +190,14 @@ class DraftBudget:
     def _seconds(self, tokens: int) -> float:
         return self._base_s.get(tokens, 1.0) * self._ratios.get(tokens, self._ratio)
 
-    def read(self, choice: BudgetChoice, results: Iterable[tuple[int, int, int]], busy_s: float | None) -> None:
-        """The step has ended: of each row the tokens drawn, drafts verified, and drafts proposed for the next. busy_s:
-        what it took, of a step without parts of prompts."""
+    def read(self, choice: BudgetChoice, results: Iterable[DraftResult], busy_s: float | None) -> None:
+        """The step has ended, with a result for each row. busy_s: what it took, of a step without parts of prompts."""
         num_accepted = 0
-        for slot, (num_drawn, num_verified, num_next) in zip(choice.slots, results, strict=True):
+        for slot, (num_drawn, num_verified, num_next, forced) in zip(choice.slots, results, strict=True):
             drafting = self._slots.setdefault(slot, self._new_slot())
             if num_verified:
                 num_accepted += num_drawn - 1
+            if num_verified and not forced:
                 self._learn(drafting.number, num_verified, num_drawn - 1)
                 drafting.verified(num_verified, num_drawn - 1, self._most)
             drafting.number = num_next

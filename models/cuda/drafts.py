@@ -1,6 +1,7 @@
 """Drafts on the GPU: what is kept of each slot for them, and the launches that lay out, accept and propose them.
 
-    drafts.begin(row, draw, searches=True); drafts.flush()      # a row that brings its own tokens
+    drafts.begin(row, max_len); drafts.flush()                  # a row that brings its own tokens
+    drafts.offer(rows)                                          # of rows with masks: what the host makes masks for
     drafts.gather(header, tables, block_tokens, inputs)         # before the step's layers
     drafts.take_in(drawn, slots)                                # behind its draws
 
@@ -9,7 +10,7 @@ The last two only launch kernels on fixed memory. The host learns a step later h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.draft_inputs import Places, gather_drafts
 from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
+from baton.kernels.triton.forced_drafts import offer_drafts
 from baton.kernels.triton.sampling_rows import SlotTables
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.batch import Row
-from baton.models.cuda.queue import Queue, Upload, copy_async
+from baton.models.cuda.queue import ALIGNED, Queue, Upload, copy_async
 from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, MOST_ANSWER_TOKENS, SEARCHED
 from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
@@ -42,19 +44,22 @@ class DraftSlots:
         self.results = torch.zeros(num_tokens, width, dtype=torch.int32, device=queue.device)
         """int32 [rows, width], see kernels.triton.drafts: of the step that ran last."""
         self._upload = Upload(queue, 2 * num_slots * columns.COLUMNS.value)
+        self._most_forced = 2 * (most_drafts + 1)
+        self._forced = Upload(queue, num_slots * (3 + self._most_forced) + 4 * ALIGNED)
+        self._offered = torch.zeros(num_slots, 1 + most_drafts, dtype=torch.int32, device=queue.device)
         self._begun: dict[int, np.ndarray] = {}
         self.before_accept: Callable[[torch.Tensor], None] = _nothing
         """Called with what was drawn before it is compared with the drafts: where their acceptance is simulated."""
         self.counted: SlotTables | None = None
         """What is accepted counts there for penalties and bad words."""
 
-    def begin(self, row: Row, max_len: int, *, searches: bool) -> None:
-        """From the next `flush` on the row's slot has its sequence, of up to `max_len` tokens. searches: drafts are
-        looked for behind its tokens, where its draw may have some."""
+    def begin(self, row: Row, max_len: int) -> None:
+        """From the next `flush` on the row's slot has its sequence, of up to `max_len` tokens. Drafts are looked for
+        behind them if its draw knows them."""
         draw = row.draw
         assert draw is not None and row.token_ids, "a row that brings its tokens, and draws"
         length = row.start + len(row.token_ids)
-        searches = searches and not draw.is_masked and len(draw.history) >= length
+        searches = len(draw.history) >= length
         predicted, answers = (draw.prediction, draw.past_answers) if searches else ((), ())
         line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
         line[columns.LENGTH.value] = length
@@ -81,6 +86,22 @@ class DraftSlots:
         sent_places, sent = self._upload.send((places, np.stack(list(self._begun.values()))))
         self._queue.enqueue(lambda: set_entries(self.kept.state.view(-1), sent_places, sent))
         self._begun.clear()
+
+    def offer(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Enqueue that forced tokens of these rows' draws come before other drafts. Of each row how many drafts it has
+        then, and which, int32 [rows, 1 + most drafts]: filled before what is enqueued next."""
+        draws = [row.draw for row in rows if row.draw is not None]
+        assert len(draws) == len(rows), "only rows that draw have drafts"
+        forced = np.zeros((len(rows), self._most_forced), dtype=np.int32)
+        counts = np.array([min(len(draw.forced), self._most_forced) for draw in draws], dtype=np.int32)
+        for line, draw, count in zip(forced, draws, counts.tolist(), strict=True):
+            line[:count] = draw.forced[:count]
+        known = np.array([len(draw.history) for draw in draws], dtype=np.int32)
+        slots = np.array([row.slot for row in rows], dtype=np.int32)
+        sent_slots, sent_known, sent_counts, sent = self._forced.send((slots, known, counts, forced))
+        offered, lines = self._offered[: len(rows)], sent.view(len(rows), self._most_forced)
+        self._queue.enqueue(lambda: offer_drafts(sent_slots, sent_known, sent_counts, lines, self.kept, offered))
+        return offered
 
     def gather(
         self,

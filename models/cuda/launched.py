@@ -13,12 +13,13 @@ from baton.kernels.triton.drafts import FIRST_PLACE, IDS, NUM_DRAWN, NUM_NEXT, N
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
 from baton.models.batch import DeviceTime, DraftSource, Drawn
+from baton.models.cuda.draft_budget import DraftResult
 from baton.models.cuda.queue import Queue, QueueMark
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob
 
 NUM_TOP = MOST.value
-SOURCES: tuple[DraftSource, ...] = ("history", "prediction", "answers", "eagle")
+SOURCES: tuple[DraftSource, ...] = ("history", "prediction", "answers", "eagle", "grammar")
 """By the number that kernels.triton.draft_inputs gives them."""
 
 
@@ -62,6 +63,7 @@ class StepResult:
         self._queue = queue
         width = IDS.value + most_drafts + 1
         self._accepted = queue.host_buffer(max_rows * width).view(max_rows, width) if most_drafts else None
+        self._offered = queue.host_buffer(max_rows * (1 + most_drafts)).view(max_rows, 1 + most_drafts)
         self._scores: ScoreBuffers | None = None
         self._tokens = queue.host_buffer(max_rows)
         places = max_rows + drafted_tokens
@@ -78,6 +80,15 @@ class StepResult:
         """The same for what rows accepted, int32 [n, width]."""
         assert self._accepted is not None, "a runner without drafts"
         self._accepted[first : first + len(accepted)].copy_(accepted, non_blocking=True)
+
+    def take_offered(self, offered: torch.Tensor) -> None:
+        """The same for the drafts that the step may verify of some rows, int32 [n, 1 + most drafts]: how many, and they
+        themselves."""
+        self._offered[: len(offered)].copy_(offered, non_blocking=True)
+
+    def offered(self, num_rows: int) -> list[list[int]]:
+        """Of the first rows of these."""
+        return [drafts[:count] for count, *drafts in self._offered[:num_rows].tolist()]
 
     def place_chunks(self, first: int, place: int) -> None:
         """Rows from number `first` on have log probabilities at places from `place` on, behind all tokens of others."""
@@ -115,11 +126,18 @@ class StepResult:
         tokens = self._tokens[: len(num_tops)].tolist()
         return [Drawn((token,), self._logprobs_of((row,), num_tops[row])) for row, token in enumerate(tokens)]
 
-    def drafts(self, num_rows: int) -> list[tuple[int, int, int]]:
-        """Of the first rows: tokens drawn, drafts verified, and drafts proposed for the next step."""
+    def drafts(self, num_rows: int) -> list[DraftResult]:
+        """Of the first rows."""
         assert self._accepted is not None, "a runner without drafts"
-        columns = (NUM_DRAWN.value, NUM_VERIFIED.value, NUM_NEXT.value)
-        return [tuple(line[column] for column in columns) for line in self._accepted[:num_rows].tolist()]
+        return [
+            DraftResult(
+                num_drawn=line[NUM_DRAWN.value],
+                num_verified=line[NUM_VERIFIED.value],
+                num_next=line[NUM_NEXT.value],
+                forced=SOURCES[line[WAS_FROM.value]] == "grammar",
+            )
+            for line in self._accepted[:num_rows].tolist()
+        ]
 
     def _places_of(self, row: int, line: Sequence[int]) -> Sequence[int]:
         """Places of the tokens that a row with this result has drawn."""
@@ -172,7 +190,12 @@ class LaunchedStep:
     """Called by `read`, once; raises where the step has no result."""
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
-    masked_drafts: Sequence[Sequence[int]] = ()
+    offered: Callable[[], Sequence[Sequence[int]]] = tuple
+    """The drafts of masked rows, once all steps before it were read."""
+
+    @property
+    def masked_drafts(self) -> Sequence[Sequence[int]]:
+        return self.offered()
 
     @property
     def device_time(self) -> DeviceTime | None:

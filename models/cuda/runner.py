@@ -12,7 +12,7 @@ nothing waits for the GPU but `read`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from baton.kernels.triton.pool import PagedPool
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
-from baton.models.batch import DeviceTime, Launched, Row
+from baton.models.batch import DeviceTime, Draw, Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankLayout, BankSlots
 from baton.models.cuda.adapter_steps import AdapterSteps
@@ -58,6 +58,7 @@ from baton.models.layer_weights import Weights
 from baton.models.partition import WHOLE, part_of
 from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.messages.control import SamplingSpec
 
 
 class CudaRunner:
@@ -217,6 +218,8 @@ class CudaRunner:
         bound = self._bind()
         for rows in warm_up_steps(self._limits, self._longest, bound.block_tokens):
             self.launch(rows).read()
+        if self.drafts is not None:  # a kernel of steps with masks
+            self.drafts.offer([Row([0], 0, [0], Draw(SamplingSpec(max_tokens=1), (), 1, 0))])
         if bound.after is not None:
             self.budget.measure(bound.decode.times(), bound.after.times())
 
@@ -230,9 +233,14 @@ class CudaRunner:
         masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
         draws = Draws(self.queue, deferred=bool(masked))
         result = self._results.pop()
-        self._begin(rows, searches=not masked)
+        self._begin(rows)
+        if masked:
+            rows = self._share_masks(rows, len(masked))
         own, parts = [rows[index] for index in decode], [rows[index] for index in chunks]
-        choice = self._choose(own, parts, masked=bool(masked))
+        choice = self._choose(own, parts)
+        offered: Callable[[], Sequence[Sequence[int]]] = tuple
+        if masked and choice is not None:
+            offered = self._offer(rows, result)
         begun = self._launch_both(own, parts, result, draws, choice)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun
@@ -243,7 +251,7 @@ class CudaRunner:
             came = None
             if masks is not None:
                 came = self.queue.mark()
-                self._sampler.set_masks(masked, masks)
+                self._sampler.set_masks(masked, [len(own) for own in offered()] or [0] * len(masked), masks)
                 draws.enqueue()
             if self._peers is not None:
                 self.queue.enqueue(self._peers.bring)
@@ -254,7 +262,17 @@ class CudaRunner:
         learn = None if choice is None else partial(self._learn, choice, alone=not chunks)
         check = None if self._peers is None else self._peers.check
         return LaunchedStep(
-            marks, result, drawing, num_tops, len(rows), self._results.append, end, scored, learn, check
+            marks,
+            result,
+            drawing,
+            num_tops,
+            len(rows),
+            self._results.append,
+            end,
+            scored,
+            learn,
+            check,
+            offered=offered,
         )
 
     @property
@@ -275,27 +293,57 @@ class CudaRunner:
         """Of all tokens, [rows, vocab]; where ranks share them all ranks call this."""
         return logits if self._peers is None else self._peers.whole(logits)
 
-    def _begin(self, rows: Sequence[Row], *, searches: bool) -> None:
-        """What slots must know of rows that bring their own tokens; searches: for drafts behind them."""
+    def _begin(self, rows: Sequence[Row]) -> None:
+        """What slots must know of rows that bring their own tokens."""
         for row in rows:
             if row.token_ids and row.draw is not None:
                 self._sampler.set_row(row.slot, row.draw)
                 if self.drafts is not None:
-                    self.drafts.begin(row, self._longest, searches=searches)
+                    self.drafts.begin(row, self._longest)
                     self.budget.begin(row.slot)
         self._sampler.flush()
         if self.drafts is not None:
             self.drafts.flush()
 
-    def _choose(self, decode: Sequence[Row], chunks: Sequence[Row], *, masked: bool) -> BudgetChoice | None:
+    def _share_masks(self, rows: Sequence[Row], num_masked: int) -> list[Row]:
+        """The rows, of which the masked ones have no more drafts than masks are made for: for all together as many as a
+        step has tokens."""
+        most = self._limits.decode_tokens // num_masked
+        return [
+            row._replace(most_drafts=min(row.most_drafts, most)) if row.draw is not None and row.draw.is_masked else row
+            for row in rows
+        ]
+
+    def _offer(self, rows: Sequence[Row], result: StepResult) -> Callable[[], Sequence[Sequence[int]]]:
+        """Puts forced tokens before the drafts of masked rows; what says, later, which drafts each of these has."""
+        assert self.drafts is not None, "a runner without drafts"
+        masked = [row for row in rows if row.draw is not None and row.draw.is_masked]
+        asked = [row for row in masked if row.most_drafts]
+        offered = self.drafts.offer(asked)
+        self.queue.enqueue(lambda: result.take_offered(offered))
+        taken = self.queue.mark()
+
+        def read() -> Sequence[Sequence[int]]:
+            taken.wait()
+            drafts = iter(result.offered(len(asked)))
+            return [next(drafts)[: row.most_drafts] if row.most_drafts else () for row in masked]
+
+        return read
+
+    def _choose(self, decode: Sequence[Row], chunks: Sequence[Row]) -> BudgetChoice | None:
         """The tokens of the decode rows, drafts included; None: no more than there are rows."""
-        if self.drafts is None or not decode or masked or self._bind().mixed.takes(decode, chunks):
+        if self.drafts is None or not decode or self._bind().mixed.takes(decode, chunks):
             return None
-        return self.budget.choose((row.slot, row.most_drafts) for row in decode)
+        certain = {
+            row.slot: len(row.draw.forced) - (not row.token_ids)  # the first one is drawn by a step in flight
+            for row in decode
+            if row.draw is not None and row.draw.forced
+        }
+        return self.budget.choose(((row.slot, row.most_drafts) for row in decode), certain)
 
     def _learn(self, choice: BudgetChoice, result: StepResult, took: DeviceTime, *, alone: bool) -> None:
         """alone: the step had no part of a prompt."""
-        self.budget.read(choice, result.drafts(len(choice.slots)), took.busy_s if alone else None)
+        self.budget.read(choice, result.drafts(len(choice.slots)), took.busy_s - took.mask_wait_s if alone else None)
 
     def _launch_both(
         self,

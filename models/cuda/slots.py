@@ -85,7 +85,9 @@ class SlotSampler:
         self._first_token = 0 if peers is None else peers.first_token
         self._queue, self._vocab_size = queue, vocab_size
         self._drafted = None if drafts is None else (drafts.state[:, LENGTH.value], drafts.drafts)
-        self.tables = SlotTables.make(num_slots + 1, vocab_size, device)
+        most_drafts = 0 if drafts is None else drafts.drafts.shape[1]
+        self.tables = SlotTables.make(num_slots + 1, vocab_size, device, most_drafts)
+        self._most_masks = num_slots + max_rows if most_drafts else num_slots
         self.tables.table[:, columns.NUM_TOP.value] = -1
         self._prepared = Prepared.make(max_rows, vocab_size, device)
         self._filter = FilterScratch.make(max_rows, vocab_size, device)
@@ -113,7 +115,7 @@ class SlotSampler:
         self._put(self.tables.bias_values[slot], np.array([value for _, value in rules.bias], np.float32))
         self._put(self.tables.stop_ids[slot], np.array(rules.forbidden, np.int32))
         if rules.allowed:
-            self._put(self.tables.masks[slot], _mask(rules.allowed, self._vocab_size))
+            self._put(self.tables.masks[slot, 0], _mask(rules.allowed, self._vocab_size))
         if rules.bad_words:
             self._put(self.tables.bad_words[slot].view(-1), _bad_words(rules.bad_words))
             self._put(self.tables.recent[slot], _recent(draw.history[draw.prompt_len :], draw.prompt_len))
@@ -131,15 +133,17 @@ class SlotSampler:
         self._queue.enqueue(lambda: set_entries(self.tables.table.view(-1), sent_places, sent))
         self._changed.clear()
 
-    def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
-        """Enqueue the masks that the next draw of these slots keeps; as models.batch.Launched has them."""
+    def set_masks(self, slots: Sequence[int], num_drafts: Sequence[int], masks: np.ndarray) -> None:
+        """Enqueue the masks that the next draw of these slots keeps, of each its own and those of so many drafts; as
+        models.batch.Launched has them. Of drafts no more than a step has rows."""
+        _, width, words = self.tables.masks.shape
         if self._masks is None:  # few servers have any
-            num_slots, words = self.tables.masks.shape
-            self._masks = Upload(self._queue, num_slots * (words + ALIGNED))
-        sent_slots, sent = self._masks.send((np.array(slots, dtype=np.int32), masks))
+            self._masks = Upload(self._queue, self._most_masks * (words + 1) + 2 * ALIGNED)
+        places = [slot * width + place for slot, own in zip(slots, num_drafts, strict=True) for place in range(1 + own)]
+        sent_places, sent = self._masks.send((np.array(places, dtype=np.int32), masks))
 
         def work() -> None:
-            self.tables.masks.index_copy_(0, sent_slots.long(), sent.view(masks.shape))
+            self.tables.masks.view(-1, words).index_copy_(0, sent_places.long(), sent.view(masks.shape))
 
         self._queue.enqueue(work)
 
@@ -219,7 +223,7 @@ def _entry(rules: DrawRules, prompt_len: int) -> np.ndarray:
     line[columns.NUM_STOPS.value] = len(rules.forbidden)
     line[columns.PREPARED.value] = rules.needs_more_than_temperature
     line[columns.PENALISED.value] = rules.is_penalised
-    line[columns.MASKED.value] = bool(rules.allowed) or rules.is_masked
+    line[columns.MASKED.value] = 2 if rules.is_masked else bool(rules.allowed)
     line[columns.NUM_BAD_WORDS.value] = len(rules.bad_words)
     line[columns.NUM_TOP.value] = -1 if rules.num_top is None else rules.num_top
     return line

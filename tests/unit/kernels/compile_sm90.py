@@ -519,7 +519,7 @@ def norm_of_experts() -> None:
 
 
 def drafts() -> None:
-    from baton.kernels.triton import draft_inputs, sampling_rows, step_inputs
+    from baton.kernels.triton import draft_inputs, forced_drafts, sampling_rows, step_inputs
     from baton.kernels.triton import drafts as module
 
     def ids(*shape: int) -> torch.Tensor:
@@ -533,6 +533,7 @@ def drafts() -> None:
     tables = sampling_rows.SlotTables.make(257, 151936, "meta")
     module.accept(ids(64), ids(64), places, kept, results, tables)
     module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2, followed=4)
+    forced_drafts.offer_drafts(ids(8), ids(8), ids(8), ids(8, 16), kept, ids(64, 8))
 
 
 def entries_of_a_draft() -> None:

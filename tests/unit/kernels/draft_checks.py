@@ -9,9 +9,10 @@ import torch
 from baton.kernels.triton import draft_inputs as columns
 from baton.kernels.triton.draft_inputs import Places, gather_drafts
 from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
+from baton.kernels.triton.forced_drafts import offer_drafts
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.cuda.launched import SOURCES
-from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, num_accepted
+from baton.models.drafts import FOLLOWED_MATCH, LEAST_MATCH, LONGEST_MATCH, Drafts, led_by, num_accepted
 from baton.models.drafts import propose as proposed
 
 BLOCK = 16
@@ -149,3 +150,37 @@ def check_step(
             assert state[columns.CURSOR.value] > 0
             assert cursor is not None or SOURCES[state[columns.SOURCE.value]] == next_drafts.source
     assert not bool(kept.best.any())
+
+
+def check_offered(device: str, seed: int, num_slots: int = 40, most_drafts: int = 5, most_forced: int = 12) -> None:
+    """Forced tokens before the drafts of random slots: some were drawn since, or others in their place."""
+    chance = random.Random(seed)
+    kept = SlotDrafts.make(num_slots, most_drafts, 32, 64, device)
+    rows = chance.sample(range(num_slots), num_slots - 3)
+    known, counts, forced, expected = [], [], torch.zeros(len(rows), most_forced, dtype=torch.int32), []
+    for row, slot in enumerate(rows):
+        text = [chance.randrange(9) for _ in range(chance.randrange(1, 20))]
+        known.append(chance.randrange(max(0, len(text) - 4), len(text) + 1))
+        coming = [chance.randrange(9) for _ in range(chance.randrange(most_forced + 1))]
+        drawn = text[known[-1] :]
+        if chance.random() < 0.7:
+            coming[: len(drawn)] = drawn[: len(coming)]
+        left = coming[len(drawn) :] if coming[: len(drawn)] == drawn else []
+        drafts = [chance.randrange(9) for _ in range(chance.randrange(most_drafts + 1))]
+        if chance.random() < 0.5:
+            drafts[: len(left)] = left[: len(drafts)]
+        counts.append(len(coming))
+        forced[row, : len(coming)] = torch.tensor(coming, dtype=torch.int32)
+        expected.append(led_by(left, Drafts(tuple(drafts)), most_drafts))
+        kept.state[slot, columns.LENGTH.value], kept.state[slot, columns.NUM_DRAFTS.value] = len(text), len(drafts)
+        kept.drafts[slot, : len(drafts)] = torch.tensor(drafts, dtype=torch.int32, device=device)
+        kept.text[slot, kept.begin : kept.begin + len(text)] = torch.tensor(text, dtype=torch.int32, device=device)
+    offered = torch.full((len(rows), 1 + most_drafts), -7, dtype=torch.int32, device=device)
+    given = (torch.tensor(each, dtype=torch.int32, device=device) for each in (rows, known, counts))
+    offer_drafts(*given, forced.to(device), kept, offered)
+    for slot, line, right in zip(rows, offered.tolist(), expected, strict=True):
+        assert tuple(line[1 : 1 + line[0]]) == right.token_ids
+        state = kept.state[slot].tolist()
+        assert state[columns.NUM_DRAFTS.value] == len(right.token_ids)
+        assert tuple(kept.drafts[slot, : len(right.token_ids)].tolist()) == right.token_ids
+        assert SOURCES[state[columns.SOURCE.value]] == right.source

@@ -74,7 +74,7 @@ def test_every_kernel_fits_in_shared_memory(kernels):
         ("sampling", 4),
         ("ranks_2", 5),
         ("step_inputs", 2),
-        ("drafts", 3),
+        ("drafts", 4),
         ("entries", 4),
         ("dequantise", 4),
     ],

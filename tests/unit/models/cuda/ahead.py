@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, takewhile
+
 import numpy as np
 
 from baton.models.batch import Draw, Row
@@ -13,10 +17,16 @@ GRAMMAR = Grammar(text="start: /.*/", end_ids=(0,))
 """Marks masked draws; `mask_after` stands in for what it allows."""
 
 
-def mask_after(known: list[int], vocab_size: int) -> np.ndarray:
-    """A third of the tokens, by what came before; int32 words."""
+NOTHING_FORCED: Mapping[int, int] = {}
+
+
+def mask_after(known: Sequence[int], vocab_size: int, forced: Mapping[int, int] = NOTHING_FORCED) -> np.ndarray:
+    """A third of the tokens, by what came before, or the one that is forced at this place; int32 words."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
-    bits[(sum(known) % 3) : vocab_size : 3] = 1
+    if len(known) in forced:
+        bits[forced[len(known)]] = 1
+    else:
+        bits[(sum(known) % 3) : vocab_size : 3] = 1
     return np.packbits(bits, bitorder="little").view("<u4").view(np.int32)
 
 
@@ -26,6 +36,10 @@ class Ahead:
     def __init__(self, late: CudaRunner, most_drafts: int = 0) -> None:
         self.late, self.most_drafts = late, most_drafts
         self.predictions: dict[int, list[int]] = {}
+        self.forced: Mapping[int, int] = {}
+        """Tokens by their places, in sequences with masks."""
+        self.sources: Counter[str] = Counter()
+        """Accepted drafts."""
         self.num_steps = self.num_accepted = self.num_verified = 0
         self.known: dict[int, list[int]] = {}  # by slot
         self.logprobs: dict[int, list[Logprob]] = {}
@@ -53,6 +67,9 @@ class Ahead:
             if end == expected:
                 prediction = self.predictions.get(slot, ())
                 draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot], prediction)
+                if draw.is_masked:
+                    places = takewhile(self.forced.__contains__, count(len(known)))
+                    draw = draw._replace(forced=[self.forced[place] for place in places])
                 drawing.append(slot)
             drafts = self.most_drafts if draw is not None and end - start == 1 and draw.num_generated else 0
             adapter, following = self.adapters.get(slot), known[end] if end < len(known) else None
@@ -64,11 +81,16 @@ class Ahead:
         while masked and self.in_flight:
             self.read()
         if masked:
-            vocab_size = self.late.config.vocab_size
-            launched.complete(np.stack([mask_after(self.known[slot], vocab_size) for slot in masked]))
+            launched.complete(np.stack(list(self._masks(masked, launched.masked_drafts))))
         self.in_flight.append((launched, drawing))
         if len(self.in_flight) > self.late.run_ahead:
             self.read()
+
+    def _masks(self, slots: list[int], drafts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for slot, own in zip(slots, drafts or [()] * len(slots), strict=True):
+            for number in range(len(own) + 1):
+                known = [*self.known[slot], *own[:number]]
+                yield mask_after(known, self.late.config.vocab_size, self.forced)
 
     def read(self) -> None:
         launched, drawing = self.in_flight.pop(0)
@@ -79,6 +101,7 @@ class Ahead:
             self.logprobs[slot] += entry.logprobs
             self.computed[slot] += max(0, len(entry.token_ids) - 1)
             self.num_accepted += max(0, len(entry.token_ids) - 1)
+            self.sources[entry.source] += max(0, len(entry.token_ids) - 1)
             self.num_verified += entry.num_drafts
 
     def generated(self, slot: int) -> list[int]:
@@ -87,14 +110,21 @@ class Ahead:
         return self.known[slot][self.prompts[slot] :]
 
 
-def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int], count: int, **params) -> list[int]:
+def one_after_the_other(
+    plain: ModelRunner,
+    prompt: list[int],
+    blocks: list[int],
+    count: int,
+    forced: Mapping[int, int] = NOTHING_FORCED,
+    **params,
+) -> list[int]:
     known, row_start = list(prompt), 0
     sampling = SamplingSpec(**({"max_tokens": 99, "temperature": 0.0} | params))
     for _ in range(count):
         draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
         launched = plain.launch([Row(known[row_start:], row_start, blocks, draw)])
         if draw.is_masked:
-            launched.complete(mask_after(known, plain.config.vocab_size)[None])
+            launched.complete(mask_after(known, plain.config.vocab_size, forced)[None])
         drawn = launched.read()[0]
         assert drawn is not None
         row_start = len(known)

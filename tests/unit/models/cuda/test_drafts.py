@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import PromptTargets, Row
-from baton.models.cuda.draft_budget import DraftBudget
+from baton.models.cuda.draft_budget import DraftBudget, DraftResult
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import make
 
@@ -65,6 +65,36 @@ def test_tokens_are_those_of_steps_without_drafts(make_model):
     assert ahead.generated(1)[:3] == masked
 
 
+def test_drafts_beside_masks(make_model):
+    """Guards masks of drafts against those of another place, row or step, drafts that the host does not know in time,
+    and forced tokens that are not where the sequence is: beside a free row, alone, and beside a part of a prompt whose
+    logits lie where those of the drafts were."""
+    folder = make_model("llama", num_hidden_layers=1).folder
+    late, plain = make(folder, max_rows=3, most_drafts=3, mixed_tokens=64, deterministic=True)
+    ahead, count, prompt = Ahead(late, most_drafts=3), 14, [9, 8, 7, 6, 5, 4]
+    ahead.forced = {place: (7 * place) % 131 for place in (*range(9, 14), *range(17, 20))}
+    params = {"grammar": GRAMMAR, "temperature": 1.1, "seed": 6, "frequency_penalty": 0.9}
+    masked = one_after_the_other(plain, prompt, [20, 21], count, ahead.forced, **params)
+    free = one_after_the_other(plain, [1, 2, 3], [20, 21], count, **SEEDED)
+    other = one_after_the_other(plain, [*range(30, 62)], [20, 21, 22], 3)
+    unforced = [(token + (place in ahead.forced)) % 131 for place, token in enumerate(masked, len(prompt))]
+    ahead.predictions = {0: [*prompt, *unforced], 1: [1, 2, 3, *free]}
+    ahead.start(0, prompt, [1, 0], **params)
+    ahead.start(1, [1, 2, 3], [4, 3], **SEEDED)
+    for _ in range(3):
+        ahead.launch([0, 1])
+    ahead.start(2, [*range(30, 62)], [8, 9, 10])
+    for _ in range(3):
+        ahead.launch([2, 0, 1], chunk=16)
+    while len(ahead.known[0]) < len(prompt) + count:
+        ahead.launch([0])
+    assert ahead.generated(0)[:count] == masked
+    for slot, right in ((1, free), (2, other)):
+        found = ahead.generated(slot)
+        assert found[: len(right)] == right[: len(found)]
+    assert ahead.sources["grammar"] >= 3 and ahead.sources["prediction"] >= 3
+
+
 SIZES = {1: 4.2, 2: 4.2, 4: 4.2, 8: 4.3, 16: 4.3, 24: 4.4, 32: 4.5, 48: 4.6, 64: 4.8, 96: 5.2, 128: 5.8}
 TOKEN = 0.03
 """Of a step without context, and of a token of a sequence with some: about those of an 8B model on an H200."""
@@ -80,7 +110,7 @@ def steps_with(budget: DraftBudget, rows: int, most: int, right: Callable[[int],
         taken = [min(most, each + (slot < more)) for slot in range(rows)]
         drawn = [count + 1 if right(slot) else 1 for slot, count in enumerate(taken)]
         took = SIZES[choice.tokens] + TOKEN * (rows + sum(taken))
-        in_flight.append((choice, [(*counts, 12) for counts in zip(drawn, taken, strict=True)], took))
+        in_flight.append((choice, [DraftResult(*counts, 12) for counts in zip(drawn, taken, strict=True)], took))
         spent, tokens = spent + took, tokens + sum(drawn)
         if len(in_flight) > 1:
             budget.read(*in_flight.pop(0))
@@ -121,7 +151,7 @@ def test_drafts_of_a_model_are_left_out_where_they_do_not_pay():
             proposed = [*proposed, 3 * choice.proposes]
             taken = min(proposed[-2], (choice.tokens - 8) // 8)
             took = SIZES[choice.tokens] + 0.4 * choice.proposes
-            results = [(1 + taken * right, taken, proposed[-1])] * 8
+            results = [DraftResult(1 + taken * right, taken, proposed[-1])] * 8
             in_flight.append((choice, results, took))
             if step >= 300:
                 spent.append((took, 1 + taken * right))
