@@ -58,9 +58,24 @@ def parsed(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
 
 
+@cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All nodes of a file, which each rule looks through."""
+    return tuple(ast.walk(tree))
+
+
+def dotted(node: ast.AST) -> str:
+    """The name that an expression is, such as os.path.join; empty where it is another expression."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join((node.id, *reversed(parts))) if isinstance(node, ast.Name) else ""
+
+
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Every imported module, `from a import b` as a.b."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -95,16 +110,12 @@ def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
             yield f"{name}:{line}: {module} sends pickles between processes"
         if module.rpartition(".")[2] in PICKLING_NAMES or is_in(module, *RUNNING_PROGRAMS, "msgspec.msgpack.Ext"):
             yield f"{name}:{line}: imports {module}"
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RUNNING_TEXT:
             yield f"{name}:{node.lineno}: calls {node.func.id}"
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in (*RUNNING_PROGRAMS, "msgspec.msgpack.Ext"):
-            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
-        if (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "yaml.load"
-            and "SafeLoader" not in ast.unparse(node)
-        ):
+        if isinstance(node, ast.Attribute) and dotted(node) in (*RUNNING_PROGRAMS, "msgspec.msgpack.Ext"):
+            yield f"{name}:{node.lineno}: {dotted(node)}"
+        if isinstance(node, ast.Call) and dotted(node.func) == "yaml.load" and "SafeLoader" not in ast.unparse(node):
             yield f"{name}:{node.lineno}: yaml.load without a safe loader"
         if isinstance(node, ast.keyword) and node.arg == "shell" and ast.unparse(node.value) != "False":
             yield f"{name}:{node.value.lineno}: shell="
@@ -114,21 +125,14 @@ def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
             yield f"{name}:{node.value.lineno}: {node.arg}="
 
 
-def is_unsafe_yaml(call: ast.Call) -> bool:
-    is_load = (
-        isinstance(call.func, ast.Attribute) and call.func.attr == "load" and ast.unparse(call.func) == "yaml.load"
-    )
-    return is_load and "SafeLoader" not in ast.unparse(call)
-
-
 def renders_outside_the_sandbox(name: str, tree: ast.Module) -> Complaints:
     """A template comes with a model's files; outside the sandbox it is a program of this user."""
     for line, module in imports(tree):
         if is_in(module, "jinja2.Environment", "jinja2.Template", "jinja2.environment", "jinja2.nativetypes"):
             yield f"{name}:{line}: imports {module}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("jinja2.Environment", "jinja2.Template"):
-            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+    for node in nodes(tree):
+        if isinstance(node, ast.Attribute) and dotted(node) in ("jinja2.Environment", "jinja2.Template"):
+            yield f"{name}:{node.lineno}: {dotted(node)}"
 
 
 HTTP_CLIENTS = (
@@ -152,7 +156,7 @@ def fetches_from_other_hosts(name: str, tree: ast.Module) -> Complaints:
     for line, module in imports(tree):
         if is_in(module, *HTTP_CLIENTS, "huggingface_hub", "baton.node.http_client"):
             yield f"{name}:{line}: imports {module}"
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection", "urlopen"):
             yield f"{name}:{node.lineno}: .{node.attr}"
 
@@ -169,8 +173,8 @@ def opens_sockets(name: str, tree: ast.Module) -> Complaints:
     for line, module in imports(tree):
         if is_in(module, "zmq") and name not in users:
             yield f"{name}:{line}: imports {module}"
-    for node in ast.walk(tree) if name in users else ():
-        if isinstance(node, ast.Attribute) and (node.attr.startswith("setsockopt") or ast.unparse(node) in OPENING):
+    for node in nodes(tree) if name in users else ():
+        if isinstance(node, ast.Attribute) and (node.attr.startswith("setsockopt") or dotted(node) in OPENING):
             yield f"{name}:{node.lineno}: .{node.attr}"
 
 
@@ -198,13 +202,13 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
             yield f"{name}:{line}: imports {module}"
     programs = [tree] if name.endswith("/__main__.py") else [node for node in tree.body if is_main_block(node)]
     passed_on = {id(node.value) for program in programs for node in ast.walk(program) if is_rest_of_argv(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in passed_on and ast.unparse(node) in OF_THE_ENVIRONMENT:
-            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+    for node in nodes(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in passed_on and dotted(node) in OF_THE_ENVIRONMENT:
+            yield f"{name}:{node.lineno}: {dotted(node)}"
 
 
 def is_rest_of_argv(node: ast.AST) -> TypeGuard[ast.Subscript]:
-    return isinstance(node, ast.Subscript) and ast.unparse(node) == "sys.argv[1:]"
+    return isinstance(node, ast.Subscript) and dotted(node.value) == "sys.argv" and ast.unparse(node.slice) == "1:"
 
 
 def is_main_block(node: ast.AST) -> bool:
