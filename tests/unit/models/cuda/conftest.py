@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    from baton.tests.unit.kernels.interpreter_bf16 import install
+    from baton.tests.unit.kernels import interpreter_bf16, interpreter_speed
 
-    install()
+    interpreter_bf16.install()
+    interpreter_speed.install()
