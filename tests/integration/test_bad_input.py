@@ -77,7 +77,7 @@ def second_proxy() -> Iterator[SecondProxy]:
 def shared(second_proxy: SecondProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster with a data port to attack, since KV moves over ZeroMQ; the test acts as a second proxy."""
     cluster = Cluster(
-        proxy_args=("--local-prefill", "never", "--request-timeout-s", "60"),
+        proxy_args=("--local-prefill", "never", "--request-timeout-s", "240"),
         worker_args=("--plane", "zmq", "--proxy", second_proxy.address, "--num-blocks", "256"),
         log_folder=tmp_path_factory.mktemp("logs"),
     )

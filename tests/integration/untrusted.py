@@ -325,8 +325,11 @@ class SecondProxy:
                 peer, body = self._socket.recv_multipart()
                 message = decode(body)
                 if isinstance(message, Register):
+                    try:
+                        self._socket.send_multipart([peer, encode(Registered(proxy="second", incarnation=1))])
+                    except zmq.ZMQError:
+                        continue  # it has hung up since, in a long silence, and registers again
                     self._connections[message.worker] = peer
-                    self._socket.send_multipart([peer, encode(Registered(proxy="second", incarnation=1))])
                 elif not isinstance(message, Heartbeat | KvEvents):
                     self._boxes[peer.decode().partition("/")[0]].append(message)
                 yield peer.decode(), message
