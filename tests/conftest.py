@@ -1,9 +1,11 @@
-"""What all tests share: bounded threads, and the marker of tests that need a GPU."""
+"""What all tests share: bounded threads, cheap garbage collections, and the marker of tests that need a GPU."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -16,6 +18,19 @@ if not HAS_GPU:
 # A loaded CI machine is slow by accident, and time is never asserted; a failure prints how to repeat it.
 settings.register_profile("baton", deadline=None, print_blob=True)
 settings.load_profile("baton")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Stop the garbage collector while tests are imported, then exclude what they have imported from collections: it is
+    a million objects, and looking through them again and again was an eighth of the CPU time of tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
