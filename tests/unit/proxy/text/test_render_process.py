@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.node.errors import BadRequest, SettingsError
+from baton.node.errors import BadRequest, Overloaded, SettingsError
 from baton.proxy.text.model_text import ModelText
 from baton.proxy.text.render_process import RenderProcess
 from baton.proxy.text.template import MAX_TEMPLATE_CHARS, RenderOptions
@@ -92,5 +92,7 @@ async def test_others_are_served_while_a_template_loops(tmp_path: Path, demo_fol
     ids = await text.encode_bounded("word " * 1000, add_special_tokens=False, max_tokens=1 << 20, param="prompt")
     assert ids and not stuck.done()
     text.close()
-    with pytest.raises(BadRequest, match="chat template"):
+    with pytest.raises(
+        (BadRequest, Overloaded), match="chat template"
+    ):  # by processor time; of a busy machine, by wait
         await stuck
