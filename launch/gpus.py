@@ -22,8 +22,8 @@ from baton.node.errors import SettingsError
 GIB = 1 << 30
 QUERY_TIMEOUT_S = 60.0
 USABLE = 0.9
-"""Share of a GPU that its workers may use together. The rest is for what no worker plans: the contexts of CUDA in
-several processes, and buffers of libraries."""
+"""Share of a GPU that its workers may use together, unless another is asked for. The rest is for what no worker plans:
+the contexts of CUDA in several processes, and buffers of libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,10 @@ class Placement:
         return range(self.gpu, self.gpu + self.ranks)
 
 
-def place(workers: Mapping[str, int], gpus: Sequence[int]) -> dict[str, Placement]:
-    """Workers, of so many ranks each, take `gpus` in turn, a rank each; those on one GPU get equal shares of its
-    memory. No GPUs: no placements. SettingsError if a worker has more ranks, or its GPUs do not follow one another."""
+def place(workers: Mapping[str, int], gpus: Sequence[int], usable: float = USABLE) -> dict[str, Placement]:
+    """Workers, of so many ranks each, take `gpus` in turn, a rank each; those on one GPU get equal parts of the share
+    `usable` of its memory. No GPUs: no placements. SettingsError if a worker has more ranks, or its GPUs do not follow
+    one another."""
     if not gpus:
         return {}
     chosen: dict[str, Sequence[int]] = {}
@@ -65,7 +66,7 @@ def place(workers: Mapping[str, int], gpus: Sequence[int]) -> dict[str, Placemen
         chosen[worker], place = taken, place + ranks
     ranks_on = Counter(gpu for taken in chosen.values() for gpu in taken)
     return {
-        worker: Placement(taken[0], min(int(USABLE / ranks_on[gpu] * 10_000) / 10_000 for gpu in taken), len(taken))
+        worker: Placement(taken[0], min(int(usable / ranks_on[gpu] * 10_000) / 10_000 for gpu in taken), len(taken))
         for worker, taken in chosen.items()
     }
 

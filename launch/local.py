@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from baton.launch.gpus import Placement, place
+from baton.launch.gpus import USABLE, Placement, place
 from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec
 from baton.node.api_settings import KEY_VARIABLE, ApiSettings
+from baton.node.engine_settings import EngineSettings, engine_arguments
 from baton.node.errors import SettingsError
 from baton.node.modelhub import DEMO_MODEL
 from baton.node.settings import as_arguments, option
@@ -31,9 +32,9 @@ FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeSettings(ApiSettings):
-    """The settings of `serve`; those of ApiSettings are the proxy's. What is not here is passed on with the `_arg`
-    options."""
+class ServeSettings(ApiSettings, EngineSettings):
+    """The settings of `serve`; those of ApiSettings are the proxy's, those of EngineSettings each worker's. What is not
+    here is passed on with the `_arg` options."""
 
     model: str = option(
         DEMO_MODEL,
@@ -81,6 +82,12 @@ class ServeSettings(ApiSettings):
         minimum=0,
         help="GPUs that the workers take in turn, prefill workers first; workers on one GPU share its memory equally; "
         "default: all that are visible",
+    )
+    gpu_memory_utilization: float = option(
+        USABLE,
+        help="share of each GPU's memory that the workers on it may use together, for weights, KV pools and graphs",
+        minimum=0.01,
+        maximum=0.99,
     )
     local_prefill: str | None = option(
         None,
@@ -200,7 +207,7 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
     workers = {name: settings.ranks_of(role) for role, name in worker_names(settings)}
-    return place(workers, gpus if settings.device != "cpu" else ())
+    return place(workers, gpus if settings.device != "cpu" else (), settings.gpu_memory_utilization)
 
 
 def plan_nodes(
@@ -238,6 +245,7 @@ def plan_worker(
         *gpu,
         *(("--max-loras", str(MAX_LORAS)) if settings.lora_modules or settings.adapter_root else ()),
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
+        *engine_arguments(settings),
         *settings.worker_arg,
         *(settings.prefill_arg if role == "prefill" else settings.decode_arg),
     )
@@ -252,7 +260,7 @@ def folder_options(settings: ServeSettings) -> set[tuple[str, ...]]:
     for role in {role for role, _ in worker_names(settings)}:
         of_role = settings.prefill_arg if role == "prefill" else settings.decode_arg
         sizes = f"--tp={settings.ranks_of(role)}", f"--pp={settings.stages_of(role)}"
-        given.append((*sizes, *settings.worker_arg, *of_role))
+        given.append((*sizes, *engine_arguments(settings), *settings.worker_arg, *of_role))
     return {tuple(_last(arguments, name) for name in FOLDER_OPTIONS) for arguments in given}
 
 

@@ -33,6 +33,7 @@ from baton.launch.local import (
     sizes_pools,
     worker_names,
 )
+from baton.launch.other_options import OPTIONS_OF_OTHERS
 from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
 from baton.launch.terminal import Screen, has_terminal
@@ -200,7 +201,13 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
 
 def main(argv: Sequence[str]) -> int:
     """The exit status; an error of settings is one line."""
-    settings = parse(ServeSettings, argv, prog="baton serve", description="Serve a model on this machine.")
+    settings = parse(
+        ServeSettings,
+        argv,
+        prog="baton serve",
+        description="Serve a model on this machine.",
+        hints=OPTIONS_OF_OTHERS,
+    )
     screen = Screen()
     try:
         require_loopback(settings.host, settings.insecure_network)

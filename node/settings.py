@@ -25,6 +25,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from baton.node.errors import SettingsError
@@ -84,18 +85,23 @@ def parse(
     prog: str,
     description: str,
     environ: Mapping[str, str] | None = None,
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> T:
     """An instance of the settings dataclass `cls` from command-line arguments (without the program's name).
 
     Ends the process: status 0 after --help, status 2 with one line on stderr where an argument is wrong or missing.
-    `environ` replaces the process environment. A `SettingsError` out of `cls.__post_init__` ends it in the same way.
+    `environ` replaces the process environment. `hints`: options that users of other programs may try, each with a
+    sentence for the error. A `SettingsError` out of `cls.__post_init__` ends it in the same way.
     """
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    hints = typing.get_type_hints(cls)
+    annotations = typing.get_type_hints(cls)
     env = os.environ if environ is None else environ
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        _add_argument(parser, field, _Kind.of(field.name, hints[field.name]), env)
-    values = vars(parser.parse_args(list(argv)))
+        _add_argument(parser, field, _Kind.of(field.name, annotations[field.name]), env)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        parser.error(_unknown_message(unknown, hints))
+    values = vars(known)
     for name in [name for name in values if name.endswith(_POSITIONAL)]:
         if (value := values.pop(name)) is not None:
             option_name = name.removesuffix(_POSITIONAL)
@@ -106,6 +112,12 @@ def parse(
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _unknown_message(unknown: Sequence[str], hints: Mapping[str, str]) -> str:
+    found = [name for name in (argument.partition("=")[0] for argument in unknown) if name in hints]
+    said = "; ".join(dict.fromkeys(f"{name}: {hints[name]}" for name in found))
+    return f"unrecognized arguments: {' '.join(unknown)}" + (f"; {said}" if said else "")
 
 
 def is_from_environment(cls: type, name: str, value: str, environ: Mapping[str, str] | None = None) -> bool:

@@ -130,7 +130,7 @@ class ServerConnection:
 def num_rows(settings: Mapping[str, Any]) -> int:
     """Sequences that the decode workers of `serve` compute at once with these settings, as far as those say it."""
     arguments = [part for name in ("worker_arg", "decode_arg") for part in strings(settings.get(name, ()))]
-    rows = ROWS_PER_WORKER
+    rows = int(settings.get("max_num_seqs") or ROWS_PER_WORKER)
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name == "--max-num-seqs" and value.isdecimal():

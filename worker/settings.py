@@ -12,6 +12,7 @@ from pathlib import Path
 from baton.models.config import FULL_STEP_TOKENS
 from baton.models.eagle_config import EAGLE
 from baton.node.addresses import ADVERTISE_HELP
+from baton.node.engine_settings import EngineSettings
 from baton.node.errors import SettingsError
 from baton.node.orphan import ORPHAN_HELP
 from baton.node.probe import PROBE_HELP
@@ -51,7 +52,7 @@ CUDA_SIZES = WorkerSizes(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
+class WorkerSettings(EngineSettings):
     model: str = option("demo", help="model: a Hugging Face folder, a hub id, or 'demo'")
     proxy: tuple[str, ...] = option(
         ("tcp://127.0.0.1:5570",), metavar="ADDRESS", help="control address of a proxy to join; repeat it for several"
@@ -65,17 +66,6 @@ class WorkerSettings:
     )
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     gpu: int = option(0, help="number of the GPU, if the model runs on one", minimum=0)
-    dtype: str = option(
-        "auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="dtype of weights and KV; auto: float32, on a GPU bfloat16",
-    )
-    kv_dtype: str = option(
-        "auto",
-        choices=("auto", "fp8", "fp8_static"),
-        help="dtype of KV; auto: that of --dtype; fp8: with a scale for each token and head; fp8_static: with the "
-        "scales of the checkpoint",
-    )
     tp: int = option(
         1,
         unit="ranks",
@@ -101,11 +91,6 @@ class WorkerSettings:
         "are processes of this host, and this worker starts them",
     )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
-    quantization: str | None = option(
-        None,
-        choices=("fp8", "fp8_block", "int8", "int4", "int4_zeros"),
-        help="quantise the plain weights of a model while they are loaded; default: they stay as they are",
-    )
     max_loras: int = option(
         0,
         unit="adapters",
@@ -145,23 +130,6 @@ class WorkerSettings:
     )
     num_blocks: int | None = option(
         None, unit="blocks", help="size of the KV pool; default: from --kv-memory-gib", minimum=1
-    )
-    max_model_len: int | None = option(
-        None, unit="tokens", help="longest sequence; default: what the model's config says", minimum=1
-    )
-    max_num_seqs: int | None = option(
-        None,
-        unit="sequences",
-        help="most sequences that run at once; default 64, on a GPU 256",
-        minimum=1,
-        maximum=4096,
-    )
-    max_num_batched_tokens: int | None = option(
-        None,
-        unit="tokens",
-        help="token budget of a step; default 512, on a GPU 8192, for prefill 4096",
-        minimum=1,
-        maximum=1 << 20,
     )
     max_waiting: int = option(1024, unit="requests", help="most requests queued in this worker", minimum=1)
     chunk_mib: float | None = option(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from baton.launch.local import served_name_of
 from baton.launch.ray.settings import RaySettings
 from baton.node.api_settings import KEY_VARIABLE, ApiSettings
+from baton.node.engine_settings import engine_arguments
 from baton.node.settings import as_arguments
 
 
@@ -62,6 +63,7 @@ def worker_plan(settings: RaySettings, role: str, index: int, proxy_host: str, o
     arguments = (
         *("--model", settings.model, "--proxy", f"tcp://{_in_url(proxy_host)}:{settings.control_port}"),
         *("--worker-id", name, "--device", "cuda" if on_gpu else "cpu", "--orphan-s", str(settings.orphan_s)),
+        *engine_arguments(settings),
         *settings.worker_arg,
         *(settings.prefill_arg if role == "prefill" else settings.decode_arg),
     )

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.node.api_settings import ApiSettings
+from baton.node.engine_settings import EngineSettings
 from baton.node.errors import SettingsError
 from baton.node.modelhub import DEMO_MODEL
 from baton.node.settings import option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RaySettings(ApiSettings):
-    """Those of ApiSettings are the proxy's."""
+class RaySettings(ApiSettings, EngineSettings):
+    """Those of ApiSettings are the proxy's, those of EngineSettings each worker's."""
 
     model: str = option(
         DEMO_MODEL,

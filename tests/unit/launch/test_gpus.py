@@ -72,6 +72,7 @@ def test_ranks_take_gpus_that_follow_one_another():
     several that it will use."""
     placed = place({"prefill-0": 2, "decode-0": 1, "decode-1": 2}, [0, 1, 2, 3])
     assert [list(placed[name].gpus) for name in placed] == [[0, 1], [2], [0, 1]]
+    assert place({"prefill-0": 1, "decode-0": 1}, [0], usable=0.5)["decode-0"].share == 0.25
     assert placed["decode-0"].share == USABLE and placed["prefill-0"].share == placed["decode-1"].share == USABLE / 2
     with pytest.raises(SettingsError, match="follow one another"):
         place({"decode-0": 2}, [0, 2])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from baton.decode.settings import DecodeSettings
 from baton.launch import local
 from baton.launch.local import ServeSettings
+from baton.launch.other_options import OPTIONS_OF_OTHERS
 from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec
 from baton.node.errors import SettingsError
+from baton.proxy.settings import ProxySettings
 
 SECRET = Path("run/secret")
 PORTS = local.Ports(controls=(777,), store=778, secret_file=SECRET)
@@ -47,6 +52,34 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     )
     worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", *secret]
     assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--store", store, "--num-blocks=5"]
+
+
+def test_options_of_engines_reach_each_worker_before_its_own() -> None:
+    """Guards `serve MODEL --max-model-len 512`, as users of other servers write it; --worker-arg and those of a role
+    overrule it."""
+    settings = ServeSettings(
+        model="m", device="cpu", max_model_len=512, dtype="bfloat16", decode_arg=("--max-model-len=64",)
+    )
+    plans = {spec.name: options_of(spec.argv) for spec in plan(settings)}
+    for name in ("prefill-0", "decode-0"):
+        assert "--max-model-len=512" in plans[name] and "--dtype=bfloat16" in plans[name]
+    assert plans["decode-0"][-1] == "--max-model-len=64"
+    assert not any("--max-model-len" in each or "--dtype" in each for each in plans["proxy"] + plans["store"])
+    lengths = {each[local.FOLDER_OPTIONS.index("--max-model-len")] for each in local.folder_options(settings)}
+    assert lengths == {"512", "64"}
+
+
+def test_hints_name_options_that_exist() -> None:
+    """Guards the errors for options of other programs against options that are renamed here."""
+    names = {
+        cls: {f"--{each.name.replace('_', '-')}" for each in fields(cls)}
+        for cls in (ServeSettings, ProxySettings, DecodeSettings)
+    }
+    for option, hint in OPTIONS_OF_OTHERS.items():
+        assert option not in names[ServeSettings]
+        assert set(re.findall(r"--[a-z][a-z-]*", hint)) <= set.union(*names.values()) | {"--worker-arg", "--proxy-arg"}
+    for option in (name for name, hint in OPTIONS_OF_OTHERS.items() if hint.startswith("goes behind")):
+        assert option in names[ProxySettings if "proxy" in OPTIONS_OF_OTHERS[option] else DecodeSettings], option
 
 
 def test_workers_have_slots_where_adapters_are_served() -> None:

@@ -117,6 +117,15 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     assert said in error_of(capsys, *argv)
 
 
+def test_an_option_of_another_program_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards users who come from there: "unrecognized" alone does not say what the option is called here."""
+    with pytest.raises(SystemExit):
+        parse(
+            Example, ["--model", "m", "--tp-size=2"], prog="p", description="", hints={"--tp-size": "here it is --tp"}
+        )
+    assert "unrecognized arguments: --tp-size=2; --tp-size: here it is --tp (see --help)" in capsys.readouterr().err
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithPositional:
     model: str = option("demo", help="model", metavar="MODEL", positional=True)

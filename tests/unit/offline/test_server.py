@@ -42,6 +42,7 @@ def test_arguments_give_the_settings_back() -> None:
 def test_as_many_requests_as_the_workers_have_rows() -> None:
     """Fewer in flight would leave rows empty whatever the GPU."""
     assert num_rows({}) == ROWS_PER_WORKER
+    assert num_rows({"max_num_seqs": 8, "decode": 2}) == 16
     assert num_rows({"decode": 2, "worker_arg": ["--max-num-seqs=64", "--dtype=float32"]}) == 128
     assert num_rows({"worker_arg": "--max-num-seqs=64", "decode_arg": ("--max-num-seqs=512",)}) == 512
 
