@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -98,6 +98,7 @@ class TierFolder:
         self._path = path
         self._contents = contents
         self._boot = boot
+        self._begun = False
         self._lock_fd = -1
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -116,11 +117,11 @@ class TierFolder:
         folder = cls(path, contents, boot)
         try:
             yield folder
-        except (OSError, RecordFault, StorageBroken, WriteFault) as error:
+        except BaseException as error:
+            folder._forget_beginning()
             folder.close()
-            raise SettingsError(f"cannot keep blocks in {path}: {error}") from error
-        except BaseException:
-            folder.close()
+            if isinstance(error, OSError | RecordFault | StorageBroken | WriteFault):
+                raise SettingsError(f"cannot keep blocks in {path}: {error}") from error
             raise
 
     def begin(self) -> None:
@@ -128,8 +129,18 @@ class TierFolder:
         recent = self._openings[-CRASH_LOOP:]
         try:
             self._write_state(clean=False, opened_at_s=[*recent, self._boot.age_s])
+            self._begun = True
         except OSError as error:
             raise SettingsError(f"cannot write in {self._path}: {error}") from error
+
+    def _forget_beginning(self) -> None:
+        """The data could not be opened, as on a full disk, and no process died of it: that is no crash, nor has the
+        data become that of a larger quota."""
+        if not self._begun:
+            return
+        quota_bytes = self._contents.quota_bytes if self._before is None else self._before.quota_bytes
+        with suppress(OSError):
+            self._write_state(clean=False, opened_at_s=self._openings, quota_bytes=quota_bytes)
 
     def end(self) -> None:
         """The data is synced and no longer changed. Raises WriteFault if that cannot be noted."""
@@ -159,6 +170,7 @@ class TierFolder:
 
     def _judge(self) -> Trust:
         self._openings: list[float] = []
+        self._before: _State | None = None  # of data that is kept
         if not self.data.is_dir() or not any(self.data.iterdir()):
             return Trust.EMPTY
         state = self._read_state()
@@ -167,6 +179,7 @@ class TierFolder:
             log_event(logger, "tier_data_discarded", level=logging.WARNING, path=str(self._path), cause=cause)
             self._rename_data()
             return Trust.EMPTY
+        self._before = state
         if state.clean:
             return Trust.WHOLE
         if not self._boot.boot_id or state.boot_id != self._boot.boot_id:
@@ -174,7 +187,7 @@ class TierFolder:
         self._openings = [s for s in state.opened_at_s if self._boot.age_s - CRASH_WINDOW_S <= s <= self._boot.age_s]
         if len(self._openings) >= CRASH_LOOP:
             log_event(logger, "tier_data_discarded", level=logging.WARNING, path=str(self._path), cause="crash loop")
-            self._openings = []
+            self._openings, self._before = [], None
             self._rename_data()
             return Trust.EMPTY
         return Trust.WHOLE
@@ -201,13 +214,13 @@ class TierFolder:
         except (OSError, *DECODE_ERRORS):
             return None
 
-    def _write_state(self, *, clean: bool, opened_at_s: list[float]) -> None:
+    def _write_state(self, *, clean: bool, opened_at_s: list[float], quota_bytes: int | None = None) -> None:
         state = _State(
             format=FORMAT,
             backend=self._contents.backend,
             namespace=self._contents.namespace.hex(),
             block_bytes=self._contents.block_bytes,
-            quota_bytes=self._contents.quota_bytes,
+            quota_bytes=quota_bytes or self._contents.quota_bytes,
             boot_id=self._boot.boot_id,
             clean=clean,
             opened_at_s=opened_at_s,

@@ -17,6 +17,7 @@ from typing import Any
 
 import lmdb
 
+from baton.kvtransfer.store.disk.allocate import allocate
 from baton.kvtransfer.store.disk.base import Miss, Refusal
 from baton.kvtransfer.store.disk.file_watch import FileWatch
 from baton.kvtransfer.store.disk.records import RecordFault, StorageBroken, WriteFault
@@ -122,7 +123,7 @@ def _preallocate(path: Path, used_bytes: int, size_bytes: int) -> None:
         found_bytes = os.fstat(fd).st_size
         if found_bytes < used_bytes:
             raise StorageBroken(Miss.TRUNCATED, f"a file of {found_bytes} bytes instead of {used_bytes}")
-        os.posix_fallocate(fd, 0, size_bytes)
+        allocate(fd, size_bytes)
     finally:
         os.close(fd)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from baton.kvtransfer.store.disk.allocate import allocate
 from baton.kvtransfer.store.disk.base import Miss, Refusal
 from baton.kvtransfer.store.disk.file_watch import FileWatch
 from baton.kvtransfer.store.disk.record import HEADER_BYTES
@@ -43,7 +44,7 @@ class SlotFile:
         self._buffers: list[memoryview] = []  # [slot_bytes] each, at page addresses; as many as were in use at once
         self._fd, self.direct = _open(path, open_file)
         try:
-            os.posix_fallocate(self._fd, 0, num_slots * self._slot_bytes)
+            allocate(self._fd, num_slots * self._slot_bytes)
             self._watch = FileWatch(path)
         except BaseException:
             os.close(self._fd)

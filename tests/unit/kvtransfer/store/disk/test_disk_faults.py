@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.kvtransfer.store.disk.base import Eviction, Miss, Refusal
-from baton.kvtransfer.store.disk.folder import Boot
+from baton.kvtransfer.store.disk.folder import CRASH_LOOP, Boot
 from baton.kvtransfer.store.disk.lmdb_environment import PAGE_BYTES
 from baton.kvtransfer.store.disk.lmdb_records import SIDE_BYTES, LmdbGeometry
 from baton.kvtransfer.store.disk.record import HEADER_BYTES
@@ -55,6 +56,33 @@ def offset_of(path: Path, number: int) -> int:
     offset = path.read_bytes().find(block(number))
     assert offset >= 0
     return offset
+
+
+def test_a_disk_without_room_for_a_larger_quota_keeps_what_it_has(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards good blocks, and the disk's last room, against a store that tries again and again to grow: openings that
+    fail were taken for a crash loop, and all data was discarded."""
+    tier = open_disk(kind, tmp_path, 4)
+    fill(tier, range(4))
+    kept = held(tier)
+    tier.close()
+    path = tmp_path / DISKS[kind].blocks
+    size_bytes = path.stat().st_size
+
+    def full(fd: int, offset: int, length: int) -> None:
+        os.ftruncate(fd, length)  # a part of it, as some file systems do
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        for _ in range(CRASH_LOOP + 1):
+            with pytest.raises(SettingsError, match="No space left"):
+                open_disk(kind, tmp_path, 400)
+        assert path.stat().st_size == size_bytes
+    tier = open_disk(kind, tmp_path, 4)
+    assert held(tier) == kept
+    tier.close()
 
 
 def serves(tier: RecordTier, numbers: range) -> None:
