@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "LLM": "baton.offline.llm",
     "SamplingParams": "baton.offline.sampling",
+    "StructuredOutputsParams": "baton.offline.sampling",
     "RequestOutput": "baton.offline.outputs",
     "CompletionOutput": "baton.offline.outputs",
 }

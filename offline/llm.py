@@ -139,15 +139,28 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | ProgressBar = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """The next message of one conversation, or of each of a list of conversations.
 
-        A conversation is a list of {"role": "system" | "user" | "assistant" | "tool", "content": str}. The rest is as
-        in `generate`.
+        A conversation is a list of {"role": "system" | "user" | "assistant" | "tool", "content": str}.
+        `continue_final_message` continues its last message, and needs `add_generation_prompt` to be False;
+        `chat_template_kwargs` are variables of the chat template. The rest is as in `generate`.
         """
         conversations = read_conversations(messages)
         params = one_each(sampling_params, len(conversations))
-        jobs = [self._chat_job(chat, each) for chat, each in zip(conversations, params, strict=True)]
+        template = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **({"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}),
+        }
+        jobs = [
+            self._chat_job({"messages": chat, **template}, each)
+            for chat, each in zip(conversations, params, strict=True)
+        ]
         return self._run_jobs(jobs, use_tqdm)
 
     def get_tokenizer(self) -> OfflineTokenizer:
@@ -185,8 +198,8 @@ class LLM:
             body["cache_salt"] = prompt.cache_salt
         return self._job("/v1/completions", body, prompt, params)
 
-    def _chat_job(self, messages: list[Mapping[str, Any]], params: SamplingParams | None) -> _Job:
-        return self._job("/v1/chat/completions", {"messages": messages}, OfflinePrompt(None), params)
+    def _chat_job(self, body: dict[str, object], params: SamplingParams | None) -> _Job:
+        return self._job("/v1/chat/completions", body, OfflinePrompt(None), params)
 
     def _job(self, path: str, body: dict[str, object], prompt: OfflinePrompt, params: SamplingParams | None) -> _Job:
         fields = sampling_fields(params, chat="messages" in body)

@@ -9,8 +9,34 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """The form that an answer has, under vLLM's names: one of the first six. Raises ValueError."""
+
+    json: str | Mapping[str, Any] | bool | None = None
+    """A JSON schema, also as text."""
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    """In Lark or GBNF."""
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    """What may be between JSON tokens, as a regular expression."""
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+        given = [name for name in kinds if getattr(self, name) not in (None, False, "", ())]
+        if len(given) != 1:
+            raise ValueError(f"one of {', '.join(kinds)} must be given, not {' and '.join(given) or 'none'}")
+        if isinstance(self.choice, str):
+            raise ValueError("choice must be a list of strings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +78,12 @@ class SamplingParams:
     """Only these are drawn; None: all."""
     bad_words: Sequence[str] | None = None
     """Words that are not generated."""
+    skip_special_tokens: bool = True
+    """Special tokens are no part of the text."""
+    truncate_prompt_tokens: int | None = None
+    """So many tokens of the prompt are kept, the last ones; -1: as many as leave room for the answer."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """None: the answer may have any form."""
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, 1 << 16)
@@ -87,16 +119,29 @@ def sampling_fields(params: SamplingParams | None, *, chat: bool) -> dict[str, o
     """The fields of a request body; those that would be null are left out. None: the defaults of model and server."""
     if params is None:
         return {}
-    biases = params.logit_bias or {}
+    biases, form = params.logit_bias or {}, params.structured_outputs
     fields: dict[str, object] = {
-        **{each.name: getattr(params, each.name) for each in dataclasses.fields(params)},
+        **_values(params),
         "stop": [params.stop] if isinstance(params.stop, str) else params.stop,
         "logit_bias": {str(token): bias for token, bias in biases.items()} or None,
         "logprobs": None,
         "prompt_logprobs": params.prompt_logprobs,
+        "structured_outputs": None if form is None else _given(_values(form)),
         **_logprob_fields(params.logprobs, chat),
     }
-    plain = {name: list(value) if isinstance(value, Sequence) else value for name, value in fields.items()}
+    return {**_given(fields), "skip_special_tokens": params.skip_special_tokens}
+
+
+def _values(params: SamplingParams | StructuredOutputsParams) -> dict[str, object]:
+    return {each.name: getattr(params, each.name) for each in dataclasses.fields(params)}
+
+
+def _given(fields: Mapping[str, object]) -> dict[str, object]:
+    """What is not null, false or an empty list; sequences are lists."""
+    plain = {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in fields.items()
+    }
     return {name: value for name, value in plain.items() if value is not None and value is not False and value != []}
 
 

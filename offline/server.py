@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.launch.local import ServeSettings, free_ports
+from baton.launch.other_options import OPTIONS_OF_OTHERS
 from baton.node.modelhub import locate_model
 from baton.node.private_files import private_opener
 from baton.node.settings import as_arguments
@@ -95,7 +96,9 @@ def check_names(settings: Mapping[str, Any]) -> None:
     names = {field.name for field in dataclasses.fields(ServeSettings)} - set(OWN_SETTINGS)
     for name in settings:
         if name not in names:
-            raise TypeError(f"unknown setting {name!r}; there are {', '.join(sorted(names))}")
+            hint = OPTIONS_OF_OTHERS.get(f"--{name.replace('_', '-')}")
+            also = f" (as an option, {hint})" if hint else ""
+            raise TypeError(f"unknown setting {name!r}{also}; there are {', '.join(sorted(names))}")
 
 
 def strings(value: Any) -> tuple[str, ...]:

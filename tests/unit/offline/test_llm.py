@@ -145,6 +145,9 @@ def test_conversations(fake: FakeServer, llm: LLM) -> None:
     ]
     output = llm.chat(hello, use_tqdm=False)[0]
     assert output.prompt_token_ids == [1, 2] and "max_tokens" not in fake.bodies[-1]
+    llm.chat(hello, use_tqdm=False, add_generation_prompt=False, chat_template_kwargs={"enable_thinking": False})
+    assert fake.bodies[-1]["add_generation_prompt"] is False
+    assert fake.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_as_many_tokens_as_fit(fake: FakeServer, llm: LLM) -> None:

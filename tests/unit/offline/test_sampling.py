@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from baton.offline.sampling import SamplingParams, sampling_fields
+from baton.offline.sampling import SamplingParams, StructuredOutputsParams, sampling_fields
 
 
 def test_fields_of_a_completion() -> None:
@@ -43,7 +43,21 @@ def test_fields_of_a_completion() -> None:
         "bad_words": ["bad"],
         "logprobs": 2,
         "return_tokens_as_token_ids": True,
+        "skip_special_tokens": True,
     }
+
+
+def test_a_form_is_sent_with_the_fields_that_are_given() -> None:
+    """Guards a program of vLLM's against answers of any form; and against a second form that the server refuses."""
+    form = StructuredOutputsParams(choice=("yes", "no"))
+    fields = sampling_fields(SamplingParams(structured_outputs=form, skip_special_tokens=False), chat=True)
+    assert fields["structured_outputs"] == {"choice": ["yes", "no"]} and fields["skip_special_tokens"] is False
+    schema = {"type": "object"}
+    fields = sampling_fields(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)), chat=False)
+    assert fields["structured_outputs"] == {"json": schema}
+    for wrong in ({}, {"regex": "a", "choice": ["a"]}, {"choice": "yes"}, {"json_object": False}):
+        with pytest.raises(ValueError, match="must be"):
+            StructuredOutputsParams(**wrong)  # type: ignore[arg-type]
 
 
 def test_log_probabilities_of_a_chat_have_two_fields() -> None:
