@@ -22,11 +22,12 @@ from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.adapter_places import RequestAdapter
 from baton.proxy.routing.admission import Admission, ViewOf
-from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
+from baton.proxy.routing.cluster import ClusterState
 from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
+from baton.proxy.routing.model_workers import ClusterShape, Leg
 from baton.proxy.routing.roles import MixedRoles
 from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
 from baton.proxy.scaling.demand import capacities

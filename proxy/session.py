@@ -40,9 +40,9 @@ from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import ViewOf
-from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.ledger import Gap, Ledger
+from baton.proxy.routing.model_workers import ClusterShape, Leg
 from baton.proxy.routing.prompt_blocks import BlockNames, PromptBlocks
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.scaling.objectives import ScaleMonitor

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
-from baton.proxy.routing.cluster import ClusterShape, ModelWorkers
 from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import FairQueue, Ticket
 from baton.proxy.routing.kvindex import KvIndex
+from baton.proxy.routing.model_workers import ClusterShape, ModelWorkers
 from baton.proxy.routing.revisions import RevisionOffer, in_order
 from baton.proxy.routing.roles import pick_mixed
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.hashing import block_hashes, root_hash
-from baton.proxy.routing.cluster import ClusterShape
+from baton.proxy.routing.model_workers import ClusterShape
 from baton.proxy.routing.router import RequestView
 
 

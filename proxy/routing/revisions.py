@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.proxy.routing.cluster import Revision
+from baton.proxy.routing.model_workers import Revision
 from baton.proxy.routing.router import RequestView
 
 HOLDER_WORTH = 0.25

@@ -17,8 +17,8 @@ from baton.node.messages.control import Cancel, Heartbeat, Load, Register, Reser
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
+from baton.proxy.routing.model_workers import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.settings import ProxySettings
 

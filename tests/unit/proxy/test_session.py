@@ -35,8 +35,8 @@ from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.adapter_places import RequestAdapter
-from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
+from baton.proxy.routing.model_workers import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route, WorkerView
 from baton.proxy.scaling.objectives import LatencyObjectives, ScaleMonitor
 from baton.proxy.session import MAX_TOGETHER, MAX_WAITING, Event, ProxyStopping, Session, WorkerLost

@@ -7,7 +7,8 @@ import pytest
 from baton.node.membership import DEAD_AFTER_S
 from baton.node.messages.control import MAX_PEERS, Heartbeat, Load, Register, RegisterStore
 from baton.proxy.routing import cluster as module
-from baton.proxy.routing.cluster import MAX_REVISIONS, NOMINAL_TOKENS_S, ClusterState, Leg
+from baton.proxy.routing.cluster import ClusterState
+from baton.proxy.routing.model_workers import MAX_REVISIONS, NOMINAL_TOKENS_S, Leg
 
 
 def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:

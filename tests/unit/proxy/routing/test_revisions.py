@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.proxy.routing.cluster import ClusterShape, Revision
 from baton.proxy.routing.kvindex import Hit
+from baton.proxy.routing.model_workers import ClusterShape, Revision
 from baton.proxy.routing.revisions import RevisionOffer, in_order
 from baton.proxy.routing.router import RequestView, WorkerView
 
