@@ -17,11 +17,14 @@ TIMEOUT_S = 120.0
 """A disk that is slower than this has minutes of its own once the nodes start."""
 
 
-def check_folder(folder: Path, options: Iterable[tuple[str, ...]], environ: Mapping[str, str]) -> None:
-    """Raises SettingsError with what is wrong. `options`: as `folder_options`."""
+def check_folder(
+    folder: Path, options: Iterable[tuple[str, ...]], environ: Mapping[str, str], chat_template: Path | None = None
+) -> None:
+    """Raises SettingsError with what is wrong. `options`: as `folder_options`; `chat_template`: not the folder's."""
+    template = () if chat_template is None else (str(chat_template),)
     commands = [
         *(("baton.models.check", str(folder), *each) for each in sorted(options)),
-        ("baton.proxy.text.check", str(folder)),
+        ("baton.proxy.text.check", str(folder), *template),
     ]
     checks = [
         subprocess.Popen(

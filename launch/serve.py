@@ -214,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
         check_port(settings.host, settings.port)
         check_files(settings)
         model = locate_model(settings.model, screen.say)  # once, before every child looks for it
-        check_folder(model, folder_options(settings), node_environment(settings, os.environ))
+        check_folder(model, folder_options(settings), node_environment(settings, os.environ), settings.chat_template)
         with RunFolder() as folder:
             ports = Ports.free(settings, folder)
             return asyncio.run(supervise(settings, ports, plan(settings, ports, screen.say), screen.say))

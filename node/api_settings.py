@@ -56,6 +56,11 @@ class ApiSettings:
         help="file that keeps the names of adapters that were loaded and unloaded, which all proxies of the model can "
         "share; default: .baton-adapters.json inside --adapter-root",
     )
+    chat_template: Path | None = option(
+        None,
+        metavar="FILE",
+        help="chat template (Jinja) instead of the model's own, as of a base model that has none",
+    )
     tool_format: str = option(
         AUTO,
         choices=TOOL_FORMATS,

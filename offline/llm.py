@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -86,6 +87,7 @@ class LLM:
         """
         self._tokenizer_name = tokenizer or ("" if base_url else model)
         self._tokenizer: OfflineTokenizer | None = None
+        self._chat_template = Path(settings["chat_template"]) if settings.get("chat_template") else None
         self._ids = itertools.count()
         self._server = ServerConnection(
             model,
@@ -168,7 +170,7 @@ class LLM:
         if self._tokenizer is None:
             if not self._tokenizer_name:
                 raise SettingsError("LLM(base_url=...) needs tokenizer=: the model's folder or hub id")
-            self._tokenizer = OfflineTokenizer(locate_model(self._tokenizer_name))
+            self._tokenizer = OfflineTokenizer(locate_model(self._tokenizer_name), self._chat_template)
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -15,8 +15,9 @@ from baton.proxy.text.model_text import ModelText
 class OfflineTokenizer:
     """The tokenizer and the chat template of one model folder. Raises SettingsError where it has no tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
-        self._text = ModelText(folder)
+    def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
+        """`chat_template`: a file instead of the folder's."""
+        self._text = ModelText(folder, chat_template=chat_template)
 
     @property
     def vocab_size(self) -> int:

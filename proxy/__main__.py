@@ -78,7 +78,12 @@ async def serve(settings: ProxySettings) -> int:
     credentials = link_credentials("proxy", settings.secret_file, settings.insecure_network)
     check_files(settings)
     folder = locate_model(settings.model, logger.info, weights=False)
-    text = ModelText(folder, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format)
+    text = ModelText(
+        folder,
+        chat_template=settings.chat_template,
+        tool_format=settings.tool_format,
+        reasoning_format=settings.reasoning_format,
+    )
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
     endpoint = Endpoint(Context(credentials), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)

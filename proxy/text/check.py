@@ -1,4 +1,5 @@
-"""python -m baton.proxy.text.check FOLDER: whether a proxy can read the tokenizer and chat template of a model folder.
+"""python -m baton.proxy.text.check FOLDER [TEMPLATE]: whether a proxy can read the tokenizer and chat template of a
+model folder, or a template that replaces it.
 
 An error is one line and status 2.
 """
@@ -14,9 +15,10 @@ from baton.proxy.text.model_text import ModelText
 
 
 def main(argv: Sequence[str]) -> int:
-    (folder,) = argv
+    folder, template = [*map(Path, argv), None][:2]
+    assert folder is not None
     try:
-        ModelText(Path(folder)).close()
+        ModelText(folder, chat_template=template).close()
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2

@@ -74,12 +74,13 @@ class ModelFiles:
     defaults: SamplingDefaults
 
 
-def read_model_files(folder: Path) -> ModelFiles:
-    """Raises SettingsError where the folder has no tokenizer, or a file that cannot be read."""
+def read_model_files(folder: Path, chat_template: Path | None = None) -> ModelFiles:
+    """`chat_template`: a file instead of the folder's. Raises SettingsError where the folder has no tokenizer, or a
+    file cannot be read."""
     config = _read_json(folder / "config.json", MAX_CONFIG_BYTES)
     generation = _read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
     names = _read_json(folder / "tokenizer_config.json")
-    template = _template(folder, names)
+    template = _template(folder, names) if chat_template is None else _read_text(chat_template)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     named = _add_tokens(tokenizer, folder, names)
     tokenizer.encode_special_tokens = names.get("split_special_tokens") is True

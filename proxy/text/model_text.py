@@ -38,9 +38,17 @@ MAX_THREADS = 8
 class ModelText:
     """The tokenizer of one folder; raises SettingsError where the folder has none, or a broken one."""
 
-    def __init__(self, folder: Path, *, tool_format: str = AUTO, reasoning_format: str = AUTO) -> None:
-        """Formats are of TOOL_FORMATS and REASONING_FORMATS (node.api_settings)."""
-        files = read_model_files(folder)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        chat_template: Path | None = None,
+        tool_format: str = AUTO,
+        reasoning_format: str = AUTO,
+    ) -> None:
+        """`chat_template`: a file instead of the folder's. Formats are of TOOL_FORMATS and REASONING_FORMATS
+        (node.api_settings)."""
+        files = read_model_files(folder, chat_template)
         self._tokenizer = files.tokenizer
         self._info = {**files.special_tokens, "chat_template": files.template or None}
         self._renderer = Renderer(files.template, files.special_tokens) if files.template else None

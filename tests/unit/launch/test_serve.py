@@ -275,6 +275,7 @@ def test_a_worker_that_cannot_start_ends_serve_with_its_error(tmp_path: Path) ->
         (["--prefill", "-1"], "at least 0"),
         (["--worker-arg=--max-model-len=99999"], "positions end at 2048"),
         (["--decode-arg=--max-model-len", "--decode-arg=99999"], "positions end at 2048"),
+        (["--chat-template", "no-such-file"], "no-such-file cannot be read"),
         (["--tls-cert", "no-such-file"], "no-such-file: cannot be read"),
         (["--api-key-file", "no-such-file"], "no-such-file: cannot be read"),
         (["--tenants", "no-such-file"], "no-such-file: cannot be read"),

@@ -54,6 +54,7 @@ def test_serve_passes_every_option_on() -> None:
         "lora_modules": ("a=b", '{"name": "c", "path": "d"}'),
         "adapter_root": Path("r"),
         "adapter_state": Path("names"),
+        "chat_template": Path("/t.jinja"),
         "tool_format": "hermes",
         "reasoning_format": "think",
         "reasoning_field": "reasoning",

@@ -314,6 +314,10 @@ def test_sources_of_a_template(tmp_path: Path, demo_folder: Path) -> None:
     assert ModelText(folder).render([]) == "named"
     (folder / "chat_template.jinja").write_text("file")
     assert ModelText(folder).render([]) == "file"
+    (given := tmp_path / "given.jinja").write_text("given")
+    assert ModelText(folder, chat_template=given).render([]) == "given"
+    with pytest.raises(SettingsError, match=r"nowhere.jinja cannot be read"):
+        ModelText(folder, chat_template=tmp_path / "nowhere.jinja")
 
 
 @pytest.mark.parametrize(
