@@ -197,9 +197,13 @@ def test_ctrl_c_cancels_what_is_in_flight(fake: FakeServer, llm: LLM) -> None:
             assert main is not None
             signal.pthread_kill(main, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["a"] * 50, use_tqdm=Interrupting)
-    release.set()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a"] * 50, use_tqdm=Interrupting)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        release.set()
     fake.answers["/v1/completions"] = completion
     assert texts(llm.generate("b", use_tqdm=False)) == ["answer to b"]
     assert [body["prompt"] for body in fake.bodies].count("a") <= 4
