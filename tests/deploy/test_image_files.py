@@ -17,6 +17,7 @@ from baton.node.settings import parse
 from baton.prefill.settings import PrefillSettings
 from baton.proxy.settings import ProxySettings
 from baton.tests.deploy.compose import FILES, FOLDER, ROOT, instructions, nodes, services
+from baton.worker.stages.remote.settings import StageSettings
 
 pytestmark = pytest.mark.deploy
 
@@ -25,6 +26,7 @@ SETTINGS: dict[str, type[Any]] = {
     "prefill": PrefillSettings,
     "decode": DecodeSettings,
     "store": StoreSettings,
+    "stage": StageSettings,
 }
 OURS = re.compile(r"baton(:\w+)?")
 

@@ -19,7 +19,13 @@ pytestmark = pytest.mark.deploy
 
 UNITS = FOLDER / "systemd"
 PROGRAM = "/opt/baton/bin/baton"
-NODES = {"baton-proxy.service", "baton-store.service", "baton-prefill@.service", "baton-decode@.service"}
+NODES = {
+    "baton-proxy.service",
+    "baton-store.service",
+    "baton-prefill@.service",
+    "baton-decode@.service",
+    "baton-stage@.service",
+}
 
 
 def environment() -> dict[str, str]:

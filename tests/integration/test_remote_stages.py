@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from baton.launch.cluster import NodeProcess
@@ -17,7 +18,7 @@ from baton.launch.local import free_port
 from baton.launch.supervisor import ChildSpec
 from baton.node.credentials import Keys, NodeRole
 from baton.node.secret_file import read_secret
-from baton.tests.integration.cluster import Cluster, start_node
+from baton.tests.integration.cluster import NO_TLS, Cluster, start_node
 from baton.tests.integration.conftest import MAX_TOKENS, Oracle
 from baton.tests.integration.prompts import LONG, PROMPTS
 from baton.tests.integration.untrusted import RawClient, one_of_each_stage_message
@@ -38,6 +39,7 @@ class StagedCluster:
         cluster.nodes.kill("prefill-0")
         cluster.nodes.forget("prefill-0")
         self.ports = {worker: free_port() for worker in ("prefill-1", "prefill-2")}
+        self.probe_ports = {worker: free_port() for worker in self.ports}
         self.stages: dict[str, NodeProcess] = {}
         for worker, port in self.ports.items():  # in either order
             first = f"tcp://127.0.0.1:{port}"
@@ -49,7 +51,17 @@ class StagedCluster:
         cluster.wait_workers(*self.ports, "decode-0")
 
     def _start_stage(self, worker: str, first: str) -> None:
-        own = ("--first", first, "--bind", f"tcp://{STAGE_HOST}:0", *self.cluster.secret_args, "--threads", "1")
+        probes = ("--probe-port", str(self.probe_ports[worker]))
+        own = (
+            *probes,
+            "--first",
+            first,
+            "--bind",
+            f"tcp://{STAGE_HOST}:0",
+            *self.cluster.secret_args,
+            "--threads",
+            "1",
+        )
         module = (sys.executable, "-P", "-m", "baton.worker.stages.remote")
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         spec = ChildSpec(name=f"{worker}-stage", group="stage", argv=(*module, *own), env=env)
@@ -88,6 +100,8 @@ def test_answers_are_those_of_one_process(staged: StagedCluster, oracle: Oracle)
     for _ in range(2):  # again, out of the prefix caches
         streams = [cluster.begin(prompt, max_tokens=MAX_TOKENS) for prompt in SOME]
         assert [stream.join().text for stream in streams] == [text for text, _ in oracle.answers(SOME)]
+    for port in staged.probe_ports.values():
+        assert httpx.get(f"http://{STAGE_HOST}:{port}/ready", verify=NO_TLS).status_code == 200
     for name in ("steps_total", "transfers_sent_total"):
         assert all(cluster.worker_values(name)[worker] for worker in staged.ports), name
     assert not sum(cluster.worker_values("transfers_failed_total").values())

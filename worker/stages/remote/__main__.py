@@ -25,6 +25,7 @@ from baton.node.errors import PeerLost, SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.host import default_name
 from baton.node.modelhub import locate_model
+from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.settings import parse
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
@@ -60,7 +61,8 @@ def main() -> int:
         context, planes = Context(own), Context(to_decode)
         first = FirstStageLink(context, settings.first, default_name("stage"), settings.join_s)
         try:
-            return _serve(settings, folder, first, planes, host)
+            with open_probes(settings.probe_port, settings.bind) as probes:
+                return _serve(settings, folder, first, planes, host, probes)
         finally:
             first.close()
             planes.close()
@@ -70,14 +72,21 @@ def main() -> int:
         return 1
 
 
-def _serve(settings: StageSettings, folder: Path, first: FirstStageLink, planes: Context, host: ListenHost) -> int:
+def _serve(
+    settings: StageSettings,
+    folder: Path,
+    first: FirstStageLink,
+    planes: Context,
+    host: ListenHost,
+    probes: Probes | NoProbes,
+) -> int:
     """The exit status: 0 where the worker has ended as it should."""
     index = 0
     try:
         assigned = first.receive(StageAssigned, settings.join_s)
         index = assigned.model.stage
         configure_logging(settings.log_level, assigned.name)
-        _compute(assigned, folder, settings.log_level, first, planes, host)
+        _compute(assigned, settings, folder, first, planes, host, probes)
     except SettingsError as error:
         first.send(StageRefused(reason=str(error)[:MAX_TEXT]))
         raise
@@ -89,12 +98,20 @@ def _serve(settings: StageSettings, folder: Path, first: FirstStageLink, planes:
 
 
 def _compute(
-    assigned: StageAssigned, folder: Path, log_level: str, first: FirstStageLink, planes: Context, host: ListenHost
+    assigned: StageAssigned,
+    settings: StageSettings,
+    folder: Path,
+    first: FirstStageLink,
+    planes: Context,
+    host: ListenHost,
+    probes: Probes | NoProbes,
 ) -> None:
     """Ends with PeerLost."""
     part = msgspec.structs.replace(assigned.model, folder=str(folder))
     config = model_config(folder)
-    ranks, peers = start_ranks(part, assigned.num_ranks, assigned.name, log_level, torch.get_num_threads())
+    if settings.threads is None and assigned.num_ranks > 1:  # torch's choice is all cores for each process
+        torch.set_num_threads(max(1, torch.get_num_threads() // assigned.num_ranks))
+    ranks, peers = start_ranks(part, assigned.num_ranks, assigned.name, settings.log_level, torch.get_num_threads())
     try:
         recipe = recipe_for(part.quantization, config)
         with FingerprintTask(folder, part.load_format, "cpu", recipe) as hashing:
@@ -111,6 +128,7 @@ def _compute(
             signal.signal(number, lambda *_: first.send(StageLeaving()))
         index, count = part.stage, part.num_stages
         log_event(logger, "stage_started", stage=index, of=count, layers=runner.num_kv_layers, pid=os.getpid())
+        probes.watch(lambda: NodeState(first.turned_at, ""))
         freeze_startup_objects()
         is_last = index + 1 == count
         leaving = first.draws if is_last else first.steps

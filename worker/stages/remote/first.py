@@ -156,8 +156,9 @@ class RemoteStages:
             deliver(RankLost(lost))
 
     def close(self) -> None:
-        for peer in self._stages:
-            self._transport.send(peer, StageEnd())
+        if self._deliver is not None and not self._lost:  # else they end as after any loss
+            for peer in self._stages:
+                self._transport.send(peer, StageEnd())
         self._transport.close()
         for link in (self.following, self.last):
             link.shut()

@@ -89,6 +89,11 @@ class FirstStageLink:
             raise PeerLost(f"{type(answer).__name__} from {FIRST}, not {kind.__name__}")
         return answer
 
+    @property
+    def turned_at(self) -> float:
+        """When the transport's thread last turned."""
+        return self._transport.turned_at
+
     def send(self, message: StageMessage) -> None:
         self._transport.send(FIRST, message)
 
@@ -109,10 +114,10 @@ class FirstStageLink:
     def on_message(self, peer: str, message: StageMessage) -> None:
         match message:
             case StageRefused():
-                self._end(NotAPart(message.reason))
+                self._end(NotAPart(message.reason), f"has refused this stage: {message.reason}")
             case StageEnd():
                 self.ended = True
-                self._end(PeerLost(f"{FIRST} has ended"))
+                self._end(PeerLost(f"{FIRST} has ended"), "has ended")
             case BlocksWanted() if self._copies is not None:
                 self._send_parcel("blocks", *self._copies.give(message))
             case PeerKnown() if self._plane is not None:
@@ -140,7 +145,7 @@ class FirstStageLink:
             self.send(self._copies.take(record, data))
 
     def on_lost(self, peer: str, reason: str) -> None:
-        self._end(PeerLost(f"{FIRST}: {reason}"))
+        self._end(PeerLost(f"{FIRST} {reason}"), reason)
 
     def work(self) -> float:
         now = time.monotonic()
@@ -162,11 +167,11 @@ class FirstStageLink:
 
     # -- inside
 
-    def _end(self, error: PeerLost) -> None:
+    def _end(self, error: PeerLost, reason: str) -> None:
         self._joined = True
         self._answers.put(error)
         for link in (self.steps, self.draws):
-            link.shut()
+            link.shut(reason)
 
     def _send_parcel(self, channel: Channel, record: bytes, data: bytes | memoryview) -> None:
         self._transport.send_parcel(FIRST, channel, record, data)

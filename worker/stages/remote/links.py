@@ -18,14 +18,14 @@ class ParcelLink:
         """name: of the other end, for errors."""
         self._name, self._send = name, send
         self._parcels: SimpleQueue[tuple[bytes, bytearray] | PeerLost] = SimpleQueue()
-        self._ended = threading.Event()
+        self._ended, self._reason = threading.Event(), ""
 
     def deliver(self, record: bytes, data: bytearray) -> None:
         self._parcels.put((record, data))
 
     def send(self, record: bytes, data: bytes | memoryview = b"") -> None:
         if self._ended.is_set():
-            raise PeerLost(f"{self._name} has ended")
+            raise PeerLost(f"{self._name} {self._reason}")
         self._send(record, data)
 
     def receive(self, wait_s: float | None = None) -> tuple[bytes, bytearray]:
@@ -38,6 +38,7 @@ class ParcelLink:
             raise parcel
         return parcel
 
-    def shut(self) -> None:
+    def shut(self, reason: str = "has ended") -> None:
+        self._reason = reason
         self._ended.set()
-        self._parcels.put(PeerLost(f"{self._name} has ended"))
+        self._parcels.put(PeerLost(f"{self._name} {reason}"))

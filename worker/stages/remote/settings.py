@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.node.addresses import ADVERTISE_HELP
+from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 
@@ -18,6 +19,7 @@ class StageSettings:
     advertise_host: str = option("", metavar="HOST", help=ADVERTISE_HELP)
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
     insecure_network: bool = option(False, help=INSECURE_HELP)
+    probe_port: int | None = option(None, help=PROBE_HELP, minimum=1, maximum=65535)
     threads: int | None = option(
         None, unit="threads", help="CPU threads of the model; default: torch's choice", minimum=1
     )

@@ -122,7 +122,7 @@ class Transport:
         self._links: dict[str, Link] = {}
         self._silent_s = SILENT_S
         self._beat_at = self._watched_at = 0.0
-        self._looked_at = time.monotonic()
+        self.turned_at = time.monotonic()
         self._todo: deque[tuple[str, StageMessage, Bytes]] = deque()
         self._waker, self._wakee = sockets.open_pair(context, f"stages-{secrets.token_hex(8)}")
         self._lock = threading.RLock()  # a signal's handler may send, too
@@ -222,7 +222,7 @@ class Transport:
 
     def _look(self, now: float) -> None:
         """Beats, silence, and the connections of the socket."""
-        pause_s, self._looked_at = now - self._looked_at, now
+        pause_s, self.turned_at = now - self.turned_at, now
         if pause_s > 2 * BEAT_S:  # this process stood still
             for link in self._links.values():
                 link.heard_at += pause_s
