@@ -22,7 +22,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
-from baton.kernels.triton.rank_words import ExchangePhase, RankInbox, give_up, sum_over_ranks
+from baton.kernels.triton.rank_words import (
+    ExchangePhase,
+    RankInbox,
+    give_up,
+    sum_over_ranks,
+    waiting_block,
+    waiting_warps,
+)
 from baton.kernels.triton.routed_sum import RoutedSum, routed_sum
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
@@ -166,6 +173,8 @@ def _launch(
         return
     if ranks is not None:
         ranks.check(width, values.dtype if residual is None else residual.dtype)
+    block = triton.next_power_of_2(width) if ranks is None else waiting_block(width)
+    warps = WARPS if ranks is None else waiting_warps(width, WARPS)
 
     def launch(first_row: int, count: int, phase: ExchangePhase) -> None:
         _norm_kernel[(count,)](
@@ -188,7 +197,7 @@ def _launch(
             eps,
             stride,
             WIDTH=width,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=block,
             PARTIALS=0 if parts is None else parts.shape[0] if parts.dim() == 3 else 1,
             CHOICES=0 if routed is None else routed.routes.positions.shape[1],
             GATED=routed is not None and parts is not None and routed.shared_gated,
@@ -202,12 +211,12 @@ def _launch(
             RANKS=1 if ranks is None else ranks.count,
             ROWS=1 if ranks is None else ranks.rows,
             ROW_WIDTH=1 if ranks is None else ranks.words.shape[3],
-            PIECE_BLOCK=triton.next_power_of_2(width // ranks.count) if ranks is not None and ranks.two_steps else 0,
+            PIECE_BLOCK=block // ranks.count if ranks is not None and ranks.two_steps else 0,
             SENDS=phase.sends,
             ADDS=phase.adds,
             TAKES=phase.takes,
             **({"CLOCK": False, "LIMIT": 0} if ranks is None else give_up(ranks.words)),
-            **launch_options(WARPS, pdl),
+            **launch_options(warps, pdl),
         )
 
     if ranks is None:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.rank_words import (
+    LANES,
     STALE,
     RankInbox,
     give_up,
@@ -40,26 +41,28 @@ def best_over_ranks(
     tag = tl.load(counters_ptr + row) + 1
     place = (tag & 1).to(tl.int64) * ROWS + row
     own = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (token.to(tl.int64) << 8) | (tag & TOKEN_TAG)
-    other = tl.arange(0, RANKS)
+    other = tl.arange(0, LANES)
+    is_other = (other < RANKS) & (other != RANK)
     if SENDS:
-        bases = tl.load(targets_ptr + other).to(tl.pointer_type(tl.int64))
-        tl.store(bases + place, own + tl.zeros([RANKS], tl.int64), mask=other != RANK)
+        bases = tl.load(targets_ptr + other, mask=is_other, other=0).to(tl.pointer_type(tl.int64))
+        tl.store(bases + place, own + tl.zeros([LANES], tl.int64), mask=is_other)
     best = token.to(tl.int32)
     if TAKES:
         status = tl.full([], 2, tl.int32)
         polls = tl.full([], 0, tl.int32)
         began = now(polls, CLOCK)
-        word = tl.zeros([RANKS], tl.int64)
+        word = tl.zeros([LANES], tl.int64)
         while status == STALE:
-            word = tl.load(words_ptr + other * 2 * ROWS + place, volatile=True)
-            word = tl.where(other == RANK, own, word)
-            stale = (word & TOKEN_TAG) != (tag & TOKEN_TAG)
+            word = tl.load(words_ptr + other * 2 * ROWS + place, mask=is_other, other=0, volatile=True)
+            stale = is_other & ((word & TOKEN_TAG) != (tag & TOKEN_TAG))
             polls += 1
             status = status_of(stale, polls, began, lost_ptr, CLOCK, LIMIT)
         if status > STALE:
             tl.store(lost_ptr, 1)
         tl.store(counters_ptr + row, tag)
+        word = tl.where(other == RANK, own, word)
         values = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        values = tl.where(other < RANKS, values, float("-inf"))
         _, winner = tl.max(values, 0, return_indices=True)
         tokens = ((word >> 8) & 0xFFFFFF).to(tl.int32)
         best = tl.sum(tl.where(other == winner, tokens, 0), 0)

@@ -14,6 +14,11 @@ k + 1, which the others have sent after they have taken k: so no word is overwri
 counters of their own, which a captured step advances by itself. All ranks make the same exchanges in the same order.
 
 Waiting ends by the clock: then `lost` is set, and nothing waits any more. What is computed behind that is of no use.
+
+No thread waits for a word that another thread waits for too. Where a tensor has fewer elements than there are threads,
+Triton gives several threads the same element, and takes for granted that they have the same value. But each reads the
+word by itself: one may see it before it has come and one behind that, and a reduction takes the result of either, so a
+loop would end with old words in the threads that store. Hence `waiting_warps` and LANES.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -34,6 +39,8 @@ GIVE_UP_NS = 10_000_000_000
 TWO_STEPS = 4
 POLLS = 3
 """Where there is no clock: in Triton's interpreter, in which all has come before it is looked for."""
+LANES = tl.constexpr(32)
+"""Threads of a warp: elements of the smallest tensor that a program waits for."""
 SHORT_TAG = tl.constexpr(0xFFFF)
 STALE, LATE = tl.constexpr(2), tl.constexpr(1)
 
@@ -98,6 +105,16 @@ def give_up(words: torch.Tensor) -> dict[str, int | bool]:
     """Of the kernels that wait."""
     clock = words.device.type != "cpu"
     return {"CLOCK": clock, "LIMIT": GIVE_UP_NS if clock else POLLS}
+
+
+def waiting_block(width: int) -> int:
+    """Columns of a program that waits for rows of this width."""
+    return max(LANES.value, triton.next_power_of_2(width))
+
+
+def waiting_warps(width: int, most: int) -> int:
+    """Of such a program: no more than give each thread columns of its own."""
+    return min(most, waiting_block(width) // LANES.value)
 
 
 @triton.jit
@@ -200,7 +217,7 @@ def _add_pieces(
     BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, SHORT: tl.constexpr, CLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Those of this rank, and send their sum to all. BLOCK: PIECE, rounded up to a power of two."""
+    """Those of this rank, and send their sum to all. BLOCK: at least PIECE."""
     part = tl.arange(0, BLOCK)
     inside = (part < PIECE)[None, :]
     at = words_ptr + place + (tl.arange(0, RANKS) * PIECE)[:, None] + part[None, :]
@@ -232,8 +249,7 @@ def sum_over_ranks(
 ):  # fmt: skip
     """The sum, float32, of the float32 rows `own` of all ranks, each rounded to what is exchanged.
 
-    row: of the inbox, which is WIDTH wide. PIECE_BLOCK: 0 in one step, else a rank's part of a row, rounded up to a
-    power of two.
+    row: of the inbox, which is WIDTH wide. PIECE_BLOCK: 0 in one step, else a rank's part of the program's columns.
     """
     SHORT: tl.constexpr = words_ptr.dtype.element_ty == tl.int32
     tag = tl.load(counters_ptr + row) + 1

@@ -7,11 +7,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton.norm import add_rms_norm
 from baton.models.batch import Draw, Row
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
 from baton.models.partition import Rank, part_of
@@ -55,6 +57,51 @@ def make(dtype: torch.dtype, count: int, quantization: str | None = None) -> tup
 
     ranks.bind_pools([pool(part_of(config, Rank(0, count)), dtype) for _ in range(count)], LONGEST, alone)
     return one, ranks
+
+
+@pytest.mark.parametrize("width", [32, 256, 2048])
+@pytest.mark.parametrize("count", [2, 4])
+def test_no_sum_has_words_of_an_exchange_before(count, width):
+    """Guards what a program takes for come: rows with fewer columns than it had threads were once read by two threads
+    each, one of which may see words before they come. Ranks come late in turn, so that all wait often."""
+    exchanges, rows = 2000, 8
+    shapes = (
+        InboxShape(rows, width, torch.int32, sums=True),
+        InboxShape(8, 1, torch.int64),
+        InboxShape(1, 4, torch.int32),
+    )
+    layouts = [RankMemory(Rank(index, count), shapes) for index in range(count)]
+    memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8, device="cuda:0") for layout in layouts]
+    peers = [DevicePeers(layout, memory, 8) for layout, memory in zip(layouts, memories, strict=True)]
+    numbers = torch.arange(exchanges, device="cuda:0")[:, None, None] % 32
+    columns = torch.arange(width, device="cuda:0") % 16
+    parts = [((numbers + columns) * (index + 1)).bfloat16().expand(-1, rows, -1).contiguous() for index in range(count)]
+    found = [torch.zeros_like(part) for part in parts]
+    weight, outs = torch.ones(width, device="cuda:0").bfloat16(), [torch.empty_like(part[0]) for part in parts]
+    streams = [torch.cuda.Stream() for _ in range(count)]
+
+    def exchange(rank: int, number: int) -> None:
+        add_rms_norm(parts[rank][number], found[rank][number], weight, 1e-5, outs[rank], ranks=peers[rank].sums)
+        peers[rank].meet()
+
+    for rank in range(count):
+        exchange(rank, 0)  # by itself: compiles
+    found[:] = [torch.zeros_like(part) for part in parts]
+    for each in peers:
+        each.connect([memory.data_ptr() for memory in memories])
+    for number in range(exchanges):
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if number % count == rank:
+                    torch.cuda._sleep(997 * number % 20_000)
+                exchange(rank, number)
+    torch.cuda.synchronize()
+    expected = sum(part.float() for part in parts).bfloat16()
+    for rank in range(count):
+        peers[rank].bring()
+        torch.cuda.synchronize()
+        peers[rank].check()
+        assert torch.equal(found[rank], expected), rank
 
 
 @pytest.mark.parametrize("count", [2, 4])

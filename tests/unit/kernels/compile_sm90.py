@@ -68,7 +68,25 @@ def inspect(case: str, kernel) -> dict[str, str | int | bool]:
         "bytes": "".join(set(re.findall(r"wgmma.mma_async\S+[.](e4m3|s8)[.](?:e4m3|s8)", kernel.asm["ptx"]))),
         "mma": "mma.sync" in kernel.asm["ptx"],
         "tma": "cp.async.bulk.tensor" in kernel.asm["ptx"],
+        "awaited_twice": awaited_twice(kernel.asm["ttgir"]),
     }
+
+
+def awaited_twice(ttgir: str) -> list[str]:
+    """Volatile loads of tensors of which several threads read the same element."""
+    layouts: dict[str, list[int]] = {}
+    for name, body in re.findall(r"(#blocked\d*) = #ttg.blocked<{(.*?)}>", ttgir):
+        threads, warps = (
+            list(map(int, re.search(rf"{of} = \[([\d, ]+)\]", body)[1].split(",")))
+            for of in ("threadsPerWarp", "warpsPerCTA")
+        )
+        layouts[name] = [a * b for a, b in zip(threads, warps, strict=True)]
+    loads = re.findall(r"isVolatile = true[}] : tensor<([\dx]+)x!tt[.]ptr<\w+>, (#\w+)>", ttgir)
+    return [
+        f"{shape} by {layouts[name]} threads"
+        for shape, name in loads
+        if any(size < threads for size, threads in zip(map(int, shape.split("x")), layouts[name], strict=True))
+    ]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -126,6 +144,8 @@ def ranks(count: int) -> None:
     x, share, tokens = empty(rows, hidden), empty(rows, vocab_size // count), empty(rows, dtype=torch.int64)
     sums, drawn = inbox(256, hidden, torch.int32, 256, count > 2), inbox(256, 1, torch.int64, 256)
     norm.add_rms_norm(x, x, empty(hidden), 1e-5, x, ranks=sums, pdl=True)
+    narrow, few = inbox(256, 256, torch.int32, 256, count > 2), empty(rows, 256)  # columns for half of the threads
+    norm.add_rms_norm(few, few, empty(256), 1e-5, few, ranks=narrow, pdl=True)
     if count > 2:
         return
     scratch = sampling.SamplingScratch.make(rows, vocab_size, "meta")
