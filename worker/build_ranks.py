@@ -13,7 +13,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from baton.kvtransfer.blocks.device_copies import DeviceCopies
 from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory
+from baton.kvtransfer.blocks.rank_copies import RankCopies
 from baton.kvtransfer.blocks.rank_pools import RankPools
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
@@ -59,8 +61,6 @@ def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role,
             f"--tp {count}: its ranks need the GPUs {' '.join(map(str, gpus))}, and this torch sees "
             f"{torch.cuda.device_count()}, counted from 0"
         )
-    if settings.store:
-        raise SettingsError(f"--store: no KV goes between a store and the GPUs of --tp {count}")
     if settings.most_drafts:
         raise SettingsError(f"--speculate: no drafts are verified by --tp {count} on GPUs")
 
@@ -152,6 +152,11 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
         torch.cuda.set_device(own.share.gpu)
         return made
 
+    copies = None
+    if settings.store:
+        # A step that was read is complete on all GPUs: its draws, or meeting, come behind what ranks write.
+        copies = RankCopies([DeviceCopies(pool.memory) for pool in pools], cut)
+        torch.cuda.set_device(own.share.gpu)
     return LoadedModel(
         config,
         LeadingRunner(own.runner, group.peers(config.vocab_size).tell),
@@ -160,7 +165,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
         name_of(DTYPES[settings.dtype]),
         max_model_len,
         make_planes,
-        None,
+        copies,
         POLL_S,
         ranks=group,
     )

@@ -50,8 +50,9 @@ def copy(target: int, source: int, size_bytes: int) -> None:
 
 
 def lock_pages(pointer: int, size_bytes: int) -> None:
-    """Keep host memory, of whole pages, where it is: copies then run at the bus's speed, and asynchronously."""
-    _call(runtime.cudaHostRegister(pointer, size_bytes, runtime.cudaHostRegisterDefault))
+    """Keep host memory, of whole pages, where it is: copies of any GPU then run at the bus's speed, and
+    asynchronously."""
+    _call(runtime.cudaHostRegister(pointer, size_bytes, runtime.cudaHostRegisterPortable))
 
 
 def unlock_pages(pointer: int) -> None:

@@ -107,12 +107,13 @@ class DeviceCopies:
 
     def ended(self, copy: int) -> list[bytes] | None:
         """Raises CudaError if it failed: the GPU does nothing more for this process then."""
-        running = self._running[copy]
-        if not cudart.happened(running.slot.event):
-            return None
-        del self._running[copy]
-        running.lane.free.append(running.slot)
-        return running.slot.checksums.digests()
+        checksums = self._ended(copy)
+        return None if checksums is None else checksums.digests()
+
+    def unit_sums(self, copy: int) -> bytes | None:
+        """As `ended`, but checksums of units, WORD_BYTES each, block by block."""
+        checksums = self._ended(copy)
+        return None if checksums is None else checksums.result()
 
     def close(self) -> None:
         cudart.use_device(self._memory.device_index)
@@ -123,6 +124,15 @@ class DeviceCopies:
         self._running.clear()
         for lane in (self._loads, self._saves):
             lane.close()
+
+    def _ended(self, copy: int) -> Checksums | None:
+        """Valid until the next copy begins."""
+        running = self._running[copy]
+        if not cudart.happened(running.slot.event):
+            return None
+        del self._running[copy]
+        running.lane.free.append(running.slot)
+        return running.slot.checksums
 
     def _begin(self, lane: _Lane, pairs: Sequence[Pair], pieces: Iterable[tuple[int, int, int]]) -> int:
         """Pieces: to, from, bytes."""

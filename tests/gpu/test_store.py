@@ -120,6 +120,51 @@ def test_batches_move_the_bytes_and_report_the_digests(copying: Bench) -> None:
     assert torch.equal(copying.memory.data.cpu(), after)
 
 
+def test_pools_of_ranks_save_and_load_records_of_the_model() -> None:
+    """Guards what two ranks put for four to find: each copies its heads of a record, and digests are of the record."""
+    from baton.kvtransfer.blocks.device_copies import DeviceCopies
+    from baton.kvtransfer.blocks.device_pool import DeviceMemory
+    from baton.kvtransfer.blocks.rank_copies import RankCopies
+    from baton.kvtransfer.reshard import Cut
+
+    units, unit_bytes = 8, 64 * 1024
+    host, content = HostMemory(6, units * unit_bytes), torch.randint(0, 256, (6, units, unit_bytes), dtype=torch.uint8)
+
+    def group(ranks: int) -> tuple[list[DeviceMemory], RankCopies]:
+        held = units // ranks
+        memories = [DeviceMemory(6, held * unit_bytes, 0, held) for _ in range(ranks)]
+        return memories, RankCopies([DeviceCopies(memory) for memory in memories], Cut.even(units, ranks, 1))
+
+    def ended(copies: RankCopies, copy: int) -> list[bytes]:
+        digests: list[bytes] | None = None
+
+        def done() -> bool:
+            nonlocal digests
+            digests = copies.ended(copy)
+            return digests is not None
+
+        wait_until(done)
+        assert digests is not None
+        return digests
+
+    wrote, saves = group(2)
+    for rank, memory in enumerate(wrote):
+        memory.data.copy_(content[:, 4 * rank : 4 * rank + 4])
+    torch.cuda.synchronize()
+    lock = saves.lock(host.view)
+    wait_until(lock.ready)
+    expected = [sum64(memoryview(content[block].numpy()).cast("B"), units) for block in (3, 4, 0)]
+    assert ended(saves, saves.begin_save([Pair(block, host.block(block)) for block in (3, 4, 0)])) == expected
+    read, loads = group(4)
+    assert ended(loads, loads.begin_load([Pair(block, host.block(block)) for block in (3, 4, 0)])) == expected
+    for rank, memory in enumerate(read):
+        assert torch.equal(memory.data[[3, 4, 0]].cpu(), content[[3, 4, 0], 2 * rank : 2 * rank + 2])
+    for each in (saves, loads, lock):
+        each.close()
+    for memory in (*wrote, *read):
+        memory.close()
+
+
 def test_a_flipped_bit_changes_the_digest(copying: Bench) -> None:
     """Guards the only check of a hit."""
     (right,) = copying.ended(copying.copies.begin_save(copying.pairs([0], [0])))
