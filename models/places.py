@@ -6,7 +6,7 @@ A weight may be quantised in the files and plain on the device (`PlainPlace`), o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -35,6 +35,10 @@ class WeightCut(NamedTuple):
     def times(self, width: int) -> WeightCut:
         """The same of things that are `width` rows each."""
         return WeightCut(self.total * width, range(self.part.start * width, self.part.stop * width))
+
+    def within(self, window: range) -> WeightCut:
+        """The same in a tensor that has these rows alone."""
+        return WeightCut(len(window), range(self.part.start - window.start, self.part.stop - window.start))
 
     def after(self, skipped: int, total: int) -> WeightCut:
         """The same in a tensor of `total` rows that has these behind `skipped` others."""
@@ -82,6 +86,11 @@ class PlainPlace:
     @property
     def device(self) -> torch.device:
         return self.target.device
+
+    def within(self, outputs: range, inputs: range) -> PlainPlace:
+        """The same of a weight of which only these rows and columns are there."""
+        rows, columns = self.cuts
+        return replace(self, cuts=(rows.within(outputs), columns.within(inputs)))
 
     def fill(self, stored: Stored) -> None:
         if isinstance(stored, QuantizedWeight):
@@ -169,6 +178,14 @@ class ScaledPlace:
     def device(self) -> torch.device:
         return self.codes.device
 
+    @property
+    def cuts(self) -> tuple[WeightCut, ...]:
+        return self.outputs, self.inputs
+
+    def within(self, outputs: range, inputs: range) -> ScaledPlace:
+        """As of PlainPlace."""
+        return replace(self, outputs=self.outputs.within(outputs), inputs=self.inputs.within(inputs))
+
     def fill(self, stored: Stored) -> None:
         assert isinstance(stored, QuantizedWeight), "the place was made for what the files have"
         self.codes.copy_(stored.codes[self.outputs.slice, self.inputs.slice])
@@ -204,6 +221,14 @@ class GroupedPlace:
     @property
     def device(self) -> torch.device:
         return self.words.device
+
+    @property
+    def cuts(self) -> tuple[WeightCut, ...]:
+        return self.outputs, self.inputs
+
+    def within(self, outputs: range, inputs: range) -> GroupedPlace:
+        """As of PlainPlace."""
+        return replace(self, outputs=self.outputs.within(outputs), inputs=self.inputs.within(inputs))
 
     def fill(self, stored: Stored) -> None:
         assert isinstance(stored, QuantizedWeight), "the place was made for what the files have"

@@ -27,7 +27,7 @@ from baton.models.config import ModelConfig
 from baton.models.layer_weights import ExpertsWeights, Weights
 from baton.models.layers import ExpertsMlp
 from baton.models.partition import ONLY_STAGE, WHOLE, Rank, Stage
-from baton.models.places import JoinedPlaces, ScaledPlace, WeightPlace
+from baton.models.places import GroupedPlace, JoinedPlaces, PlainPlace, ScaledPlace, WeightPlace
 from baton.models.quantization.layouts import CODES, QuantizedSource
 from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.rounding import form_of, quantise
@@ -185,12 +185,26 @@ def _fill_from_files(
     for done, (name, tensors) in enumerate(read_sources(checkpoint, sources), start=1):
         source, place = sources[name], places[name]
         if isinstance(source, QuantizedSource):
-            place.fill(source.read(_moved(tensors, place)))
+            _fill_quantised(source, source.form(checkpoint), tensors, place)
         elif name in recipes:
             place.fill(_quantised(tensors[PLAIN], recipes[name], place.device, checkpoint.folder / name))
         else:
             place.fill(tensors[PLAIN])
         on_progress(done, len(places))
+
+
+def _fill_quantised(
+    source: QuantizedSource, form: QuantizedWeight, tensors: Mapping[str, torch.Tensor], place: WeightPlace
+) -> None:
+    """Brings to the device, and unpacks, what the place needs, as far as the layout can be cut."""
+    parts = place.places if isinstance(place, JoinedPlaces) and source.layout.axes else (place,)
+    for part in parts:
+        if isinstance(part, PlainPlace | ScaledPlace | GroupedPlace) and source.layout.axes:
+            rows, columns = (cut.part for cut in part.cuts)
+            of_part, window, needed = source.cut(tensors, form, rows, columns)
+            part.within(*window).fill(of_part.read(_moved(needed, part)))
+        else:
+            part.fill(source.read(_moved(tensors, part)))
 
 
 def _moved(tensors: Mapping[str, torch.Tensor], place: WeightPlace) -> dict[str, torch.Tensor]:

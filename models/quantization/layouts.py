@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from baton.models.checkpoint import Checkpoint, StoredTensor, TensorForm
+from baton.models.quantization.cuts import Axes, Axis, Window, cut
 from baton.models.quantization.scheme import Quantization
 from baton.models.quantization.weight import QuantizedWeight, unpack
 from baton.node.errors import SettingsError
@@ -54,6 +55,8 @@ class CodeLayout(NamedTuple):
     """Takes also N, K. SettingsError for a type or shape that does not fit, and for numbers that cannot be."""
     stacked: bool = False
     """Of tensors with all experts of a layer, [experts, K, outputs] where they are plain; N: outputs of all."""
+    axes: Axes = ()
+    """Where codes lie in words; else parts are taken of what was read."""
 
 
 class QuantizedSource(NamedTuple):
@@ -83,6 +86,16 @@ class QuantizedSource(NamedTuple):
             return replace(made, group_of_input=groups)
         except SettingsError as error:
             raise SettingsError(f"{self.where}: {error}") from None
+
+    def cut(
+        self, tensors: Tensors, form: QuantizedWeight, outputs: range, inputs: range
+    ) -> tuple[QuantizedSource, Window, Tensors]:
+        """The source, and the tensors, of a part of the weight with at least these outputs and inputs; `tensors` hold
+        all of it, in this form. Of a layout without axes the part is all."""
+        if not self.layout.axes:
+            return self, Window(range(self.shape[0]), range(self.shape[1])), tensors
+        window, found = cut(tensors, self.layout.axes, form, outputs, inputs)
+        return self._replace(shape=window.shape), window, found
 
     def read(self, tensors: Tensors) -> QuantizedWeight:
         """What its tensors hold; SettingsError if they do not fit each other or the weight."""
@@ -270,12 +283,23 @@ MXFP4_CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 SCALES = ("weight_scale_inv", "weight_scale")
 ZEROS = "weight_zero_point"
 GROUPS_OF_INPUTS = ("g_idx", "weight_g_idx")
+_OUTPUTS, _INPUTS, _GROUPS = Axis.OUTPUTS, Axis.INPUTS, Axis.GROUPS
+_OUTPUT_WORDS, _INPUT_WORDS, _GROUP_OF_INPUT = Axis.OUTPUT_WORDS, Axis.INPUT_WORDS, Axis.GROUP_OF_INPUT
+PACKED_AXES: Axes = (
+    ("weight_packed", (_OUTPUTS, _INPUT_WORDS)),
+    ("weight_scale", (_OUTPUTS, _GROUPS)),
+    (ZEROS, (_OUTPUT_WORDS, _GROUPS)),
+    ("weight_g_idx", (_GROUP_OF_INPUT,)),
+)
+OF_GROUPS: Axes = (("qzeros", (_GROUPS, _OUTPUT_WORDS)), ("scales", (_GROUPS, _OUTPUTS)))
+AWQ_AXES: Axes = (*OF_GROUPS, ("qweight", (_INPUTS, _OUTPUT_WORDS)))
+GPTQ_AXES: Axes = (*OF_GROUPS, ("qweight", (_INPUT_WORDS, _OUTPUTS)), ("g_idx", (_GROUP_OF_INPUT,)))
 LAYOUTS = {
     "scaled": CodeLayout("weight", (SCALES,), (ZEROS,), _scaled),
-    "packed": CodeLayout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed),
-    "awq": CodeLayout("qweight", (("qzeros",), ("scales",)), (), _awq),
+    "packed": CodeLayout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed, axes=PACKED_AXES),
+    "awq": CodeLayout("qweight", (("qzeros",), ("scales",)), (), _awq, axes=AWQ_AXES),
     "mxfp4": CodeLayout("_blocks", (("_scales",),), (), _mxfp4, stacked=True),
-    "gptq": CodeLayout("qweight", (("qzeros",), ("scales",)), ("g_idx",), _gptq),
+    "gptq": CodeLayout("qweight", (("qzeros",), ("scales",)), ("g_idx",), _gptq, axes=GPTQ_AXES),
 }
 
 

@@ -11,6 +11,7 @@ from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
 from baton.models.places import PlainPlace, WeightCut
 from baton.models.quantization.kept import KeptPart, keep_quantised
+from baton.models.quantization.layouts import LAYOUTS
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.weights import load_weights
 from baton.tests.unit.models.quantization.test_tokens import SIZES, WIDE, quantise
@@ -81,6 +82,37 @@ def test_ranks_keep_what_they_would_dequantise(name, make_model):
             for keep in (False, True)
         )
         assert_equal(kept, plain)
+
+
+WORDS = [name for name in FORMATS if name.startswith(("pack-quantized", "awq", "gptq", "auto-round"))]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_rank_unpacks_its_part_of_words_alone(name, make_model, monkeypatch):
+    """Guards words, zero points and groups of another rank where parts end inside a word or a group, and a rank that
+    brings all words to its device for a part of them."""
+    made = make_model("llama", **SIZES)
+    quantise(made, FORMATS[name])
+    config, moved = ModelConfig.from_folder(made.folder), weights._moved
+    numbers = []
+
+    def counted(tensors, place):
+        numbers.append(sum(tensor.numel() for tensor in tensors.values()))
+        return moved(tensors, place)
+
+    monkeypatch.setattr(weights, "_moved", counted)
+
+    def load(rank: Rank) -> tuple[Weights, int]:
+        numbers.clear()
+        return load_weights(config, made.folder, torch.float32, pack=False, rank=rank), sum(numbers)
+
+    ranks = [load(Rank(index, 2)) for index in range(2)]
+    for layout, found in LAYOUTS.items():
+        monkeypatch.setitem(LAYOUTS, layout, found._replace(axes=()))
+    for index, (part, num_moved) in enumerate(ranks):
+        expected, all_numbers = load(Rank(index, 2))
+        assert_equal(part, expected)
+        assert num_moved < (0.95 if "desc_act" in name or "actorder" in name else 0.7) * all_numbers
 
 
 def fp8(outputs: int, inputs: int, per_scale: tuple[int, int], **fields) -> QuantizedWeight:
