@@ -104,7 +104,8 @@ class DeviceRanks:
             peers.connect([memory.data_ptr() for memory in self.memories])
 
     def launch(self, rows: Sequence[Row]) -> RanksLaunched:
-        return RanksLaunched(self, self.all(lambda index: self.runners[index].launch(rows)))
+        choice = self.runners[0].choose(rows)
+        return RanksLaunched(self, self.all(lambda index: self.runners[index].launch_chosen(rows, choice)))
 
     def all(self, call: Callable[[int], T], *, waits: bool = False) -> list[T]:
         """`call` of each rank. waits: for what the others do as well, so that it has to be under way for all."""

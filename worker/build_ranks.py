@@ -61,9 +61,6 @@ def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role,
             f"--tp {count}: its ranks need the GPUs {' '.join(map(str, gpus))}, and this torch sees "
             f"{torch.cuda.device_count()}, counted from 0"
         )
-    if settings.most_drafts:
-        raise SettingsError(f"--speculate: no drafts are verified by --tp {count} on GPUs")
-
     part = model_part(settings, folder, config.vocab_size)
     how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
 
@@ -98,6 +95,7 @@ def _share(settings: WorkerSettings, sizes: WorkerSizes, index: int) -> DeviceSh
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         run_ahead=settings.run_ahead,
         deterministic=settings.deterministic,
+        most_drafts=settings.most_drafts,
         block_tokens=sizes.block_tokens,
         gpu_memory_utilization=None if _is_sized(settings, sizes) else settings.gpu_memory_utilization,
     )

@@ -83,8 +83,8 @@ class CudaRunner:
         proposes in place of the search for matches."""
         own = part_of(config, WHOLE if peers is None else peers.rank)
         check_supported(own)
-        if peers is not None and (limits.most_drafts or eagle is not None):
-            raise SettingsError("--speculate: on a GPU no drafts are verified by more than one rank")
+        if peers is not None and eagle is not None:
+            raise SettingsError("--speculate eagle: on a GPU a draft is computed by one rank alone")
         self.config, self._own, self._peers = config, own, peers
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
@@ -225,6 +225,29 @@ class CudaRunner:
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
+        return self.launch_chosen(rows, self.choose(rows))
+
+    def choose(self, rows: Sequence[Row]) -> BudgetChoice | None:
+        """For the launch of these rows: the tokens of those that decode, drafts included; None: as many as rows. It
+        depends on what steps took here, so of several ranks one chooses."""
+        if self.drafts is None:
+            return None
+        for row in rows:
+            if row.token_ids and row.draw is not None:
+                self.budget.begin(row.slot)
+        rows = self._share_masks(rows)
+        decode, chunks = [row for row in rows if decodes(row)], [row for row in rows if not decodes(row)]
+        if not decode or self._bind().mixed.takes(decode, chunks):
+            return None
+        certain = {
+            row.slot: len(row.draw.forced) - (not row.token_ids)  # the first one is drawn by a step in flight
+            for row in decode
+            if row.draw is not None and row.draw.forced
+        }
+        return self.budget.choose(((row.slot, row.most_drafts) for row in decode), certain)
+
+    def launch_chosen(self, rows: Sequence[Row], choice: BudgetChoice | None) -> Launched:
+        """As `launch`, with what `choose` says of these rows, here or at another rank."""
         if not self._results:
             raise InvariantBroken(f"more than {self.run_ahead + 1} steps are launched and not read")
         decode = [index for index, row in enumerate(rows) if decodes(row)]
@@ -234,10 +257,8 @@ class CudaRunner:
         draws = Draws(self.queue, deferred=bool(masked))
         result = self._results.pop()
         self._begin(rows)
-        if masked:
-            rows = self._share_masks(rows, len(masked))
+        rows = self._share_masks(rows)
         own, parts = [rows[index] for index in decode], [rows[index] for index in chunks]
-        choice = self._choose(own, parts)
         offered: Callable[[], Sequence[Sequence[int]]] = tuple
         if masked and choice is not None:
             offered = self._offer(rows, result)
@@ -300,14 +321,16 @@ class CudaRunner:
                 self._sampler.set_row(row.slot, row.draw)
                 if self.drafts is not None:
                     self.drafts.begin(row, self._longest)
-                    self.budget.begin(row.slot)
         self._sampler.flush()
         if self.drafts is not None:
             self.drafts.flush()
 
-    def _share_masks(self, rows: Sequence[Row], num_masked: int) -> list[Row]:
+    def _share_masks(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows, of which the masked ones have no more drafts than masks are made for: for all together as many as a
         step has tokens."""
+        num_masked = sum(row.draw is not None and row.draw.is_masked for row in rows)
+        if not num_masked:
+            return rows
         most = self._limits.decode_tokens // num_masked
         return [
             row._replace(most_drafts=min(row.most_drafts, most)) if row.draw is not None and row.draw.is_masked else row
@@ -329,17 +352,6 @@ class CudaRunner:
             return [next(drafts)[: row.most_drafts] if row.most_drafts else () for row in masked]
 
         return read
-
-    def _choose(self, decode: Sequence[Row], chunks: Sequence[Row]) -> BudgetChoice | None:
-        """The tokens of the decode rows, drafts included; None: no more than there are rows."""
-        if self.drafts is None or not decode or self._bind().mixed.takes(decode, chunks):
-            return None
-        certain = {
-            row.slot: len(row.draw.forced) - (not row.token_ids)  # the first one is drawn by a step in flight
-            for row in decode
-            if row.draw is not None and row.draw.forced
-        }
-        return self.budget.choose(((row.slot, row.most_drafts) for row in decode), certain)
 
     def _learn(self, choice: BudgetChoice, result: StepResult, took: DeviceTime, *, alone: bool) -> None:
         """alone: the step had no part of a prompt."""

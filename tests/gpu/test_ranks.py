@@ -22,6 +22,7 @@ from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.testing.device_ranks import DeviceRanks
 from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
+from baton.tests.unit.models.cuda.ahead import Ahead
 
 pytestmark = pytest.mark.gpu
 
@@ -35,12 +36,14 @@ def pool(config: ModelConfig, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device="cuda:0")
 
 
-def make(dtype: torch.dtype, count: int, quantization: str | None = None) -> tuple[CudaRunner, DeviceRanks]:
+def make(
+    dtype: torch.dtype, count: int, quantization: str | None = None, most_drafts: int = 0
+) -> tuple[CudaRunner, DeviceRanks]:
     """One rank, and `count` that have computed everything by themselves, so that nothing is compiled or loaded while
     one waits for another."""
     folder = locate_model("demo")
     config = ModelConfig.from_folder(folder)
-    limits, recipe = StepLimits(MAX_ROWS, 2048), recipe_for(quantization, config)
+    limits, recipe = StepLimits(MAX_ROWS, 2048, most_drafts=most_drafts), recipe_for(quantization, config)
 
     def load(rank: Rank):
         options = {"pack": False, "rank": rank, "recipe": recipe, "keep_quantised": recipe is not None}
@@ -114,6 +117,21 @@ def test_ranks_on_one_gpu_draw_what_one_rank_draws(count):
         found, expected = (generate(runner, made, TOKENS, 200, **spec) for runner in (ranks, one))
         different = [index for index in range(len(made)) if found[index] != expected[index]]
         assert not different, (spec, different)
+
+
+def test_ranks_on_one_gpu_accept_drafts_of_one_another():
+    """Guards ranks that hold or accept other drafts, or run a step of another size: they would agree on no token."""
+    one, ranks = make(torch.float32, 2, most_drafts=3)
+    made = prompts(16)
+    expected = generate(one, made, TOKENS, 200, temperature=0.0)
+    run = Ahead(ranks, most_drafts=3)
+    for slot, prompt in enumerate(made):
+        run.predictions[slot] = [*prompt[-3:], *expected[slot]]
+        run.start(slot, prompt, table(slot))
+    while live := [slot for slot in range(16) if len(run.known[slot]) < len(made[slot]) + TOKENS]:
+        run.launch(live, chunk=200)
+    assert [run.generated(slot)[:TOKENS] for slot in range(16)] == [tokens[:TOKENS] for tokens in expected]
+    assert run.num_accepted > TOKENS
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8", "fp8_block", "int4"])

@@ -92,7 +92,13 @@ class DeviceRank:
             weights_gib=round(sum(sizes_bytes.values()) / GIB, 1),
             formats=",".join(f"{name}:{round(size / GIB, 1)}" for name, size in sorted(sizes_bytes.items())),
         )
-        limits = StepLimits(share.max_num_seqs, share.max_num_batched_tokens, share.run_ahead, share.deterministic)
+        limits = StepLimits(
+            share.max_num_seqs,
+            share.max_num_batched_tokens,
+            share.run_ahead,
+            share.deterministic,
+            most_drafts=share.most_drafts,
+        )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
         peers = DevicePeers(exchanged, exchange.data.view(-1), config.vocab_size)
@@ -145,5 +151,5 @@ def join_on_device(start: RankStart, peers: ProcessPeers, control: RankLink, loa
     memory = mapped(made.pools[start.index], size_bytes, loaded.share.gpu)
     loaded.bind(kv_tensors(memory, loaded.layout, made.num_blocks), made.max_model_len)
     loaded.connect(made.exchanges)
-    follower = Follower(loaded.runner.launch, loaded.runner.run_ahead)
+    follower = Follower(loaded.runner.launch_chosen, loaded.runner.run_ahead)
     return lambda: follower.take(peers.hear())

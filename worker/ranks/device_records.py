@@ -1,6 +1,7 @@
 """A step on GPUs as rank 0 tells it to the others: whole rows, since every rank draws all tokens by itself.
 
-What a slot keeps on the device is not sent again: of a row that continues what its slot has, no history.
+What a slot keeps on the device is not sent again: of a row that continues what its slot has, the length of its history
+alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import msgspec
 import numpy as np
 
 from baton.models.batch import Draw, Row
+from baton.models.cuda.draft_budget import BudgetChoice
 
 
 class StepBegun(msgspec.Struct, frozen=True, tag=True):
     """A step is launched."""
 
     rows: list[Row]
+    known: list[int]
+    """Of each row that draws, how many tokens its history has."""
+    choice: BudgetChoice | None = None
+    """Rank 0's, of the tokens of rows that decode."""
 
 
 class MasksCame(msgspec.Struct, frozen=True, tag=True):
@@ -33,8 +39,9 @@ class MasksCame(msgspec.Struct, frozen=True, tag=True):
 _decoder = msgspec.msgpack.Decoder(StepBegun | MasksCame)
 
 
-def encode_step(rows: Sequence[Row]) -> bytes:
-    return msgspec.msgpack.encode(StepBegun([_told(row) for row in rows]))
+def encode_step(rows: Sequence[Row], choice: BudgetChoice | None = None) -> bytes:
+    known = [0 if row.draw is None else len(row.draw.history) for row in rows]
+    return msgspec.msgpack.encode(StepBegun([_told(row) for row in rows], known, choice))
 
 
 def encode_masks(masks: np.ndarray) -> bytes:
@@ -42,7 +49,18 @@ def encode_masks(masks: np.ndarray) -> bytes:
 
 
 def decode_record(data: bytes) -> StepBegun | MasksCame:
-    return _decoder.decode(data)
+    found = _decoder.decode(data)
+    if isinstance(found, StepBegun):
+        rows = [_of_length(row, known) for row, known in zip(found.rows, found.known, strict=True)]
+        return msgspec.structs.replace(found, rows=rows)
+    return found
+
+
+def _of_length(row: Row, known: int) -> Row:
+    """With a history of so many tokens; of one that was not sent, only the length is ever read."""
+    if row.draw is None or row.draw.history:
+        return row
+    return row._replace(draw=row.draw._replace(history=range(known)))
 
 
 def _told(row: Row) -> Row:
@@ -52,4 +70,4 @@ def _told(row: Row) -> Row:
 def _draw(row: Row) -> Draw | None:
     if row.draw is None or row.token_ids:
         return None if row.draw is None else row.draw._replace(history=tuple(row.draw.history))
-    return row.draw._replace(history=(), prediction=())
+    return row.draw._replace(history=(), prediction=(), past_answers=())

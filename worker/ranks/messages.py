@@ -36,6 +36,7 @@ class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     run_ahead: int
     deterministic: bool
+    most_drafts: int
     block_tokens: int
     gpu_memory_utilization: float | None
     """None: the size of the pool is given."""

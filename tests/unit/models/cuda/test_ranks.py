@@ -65,3 +65,17 @@ def test_ranks_draw_what_one_rank_draws(make_model):
     assert [len(tokens) for tokens in found] == [2, 3, 2]
     for name, spec in enumerate(({}, random, edited)):
         assert found[name] == one_after_the_other(plain, PROMPTS[name], TABLES[name], len(found[name]), **spec)
+
+
+def test_ranks_hold_the_same_drafts(make_model):
+    """Guards against ranks that verify or propose other drafts: more tokens of one row in a step of one rank than in
+    that of another, and tokens that are not those without drafts."""
+    model = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL)
+    ranks, plain = make(model.folder, 2, most_drafts=2)
+    expected = one_after_the_other(plain, PROMPTS[0], TABLES[0], 6)
+    run = Ahead(ranks, most_drafts=2)
+    run.predictions[0] = [*PROMPTS[0][-3:], *expected, *expected]
+    run.start(0, PROMPTS[0], TABLES[0])
+    while len(run.known[0]) < len(PROMPTS[0]) + 5:
+        run.launch([0])
+    assert run.generated(0)[:5] == expected[:5] and run.num_accepted

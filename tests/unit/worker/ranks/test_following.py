@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from baton.models.batch import Draw, PromptTargets, Row
+from baton.models.cuda.draft_budget import BudgetChoice
 from baton.node.messages.control import Grammar, SamplingSpec
 from baton.worker.ranks.device_records import StepBegun, decode_record, encode_step
 from baton.worker.ranks.following import Follower, LeadingRunner
@@ -22,7 +23,11 @@ class Recorder:
     def __init__(self) -> None:
         self.done: list[tuple] = []
 
-    def launch(self, rows):
+    def choose(self, rows):
+        return BudgetChoice(len(rows) + 3, 0.5, tuple(row.slot for row in rows), proposes=False)
+
+    def launch_chosen(self, rows, choice):
+        assert choice == self.choose(rows)
         self.done.append(("launch", [tuple(row.token_ids) for row in rows]))
         return RecordedStep(self, len([each for each in self.done if each[0] == "launch"]))
 
@@ -52,14 +57,15 @@ def test_a_record_has_what_a_rank_draws_with():
     assert first.draw.sampling == SPEC and list(first.draw.history) == [1, 7, 8] and list(first.draw.prediction) == [9]
     assert (list(first.token_ids), first.start, list(first.blocks), first.slot) == ([7, 8], 0, [4, 5], 3)
     assert list(first.targets.token_ids) == [3] and (first.draw.prompt_len, first.draw.num_generated) == (2, 0)
-    assert second.draw.sampling == SPEC and not second.draw.history and (second.start, second.slot) == (33, 3)
+    assert second.draw.sampling == SPEC and second.draw.history == range(33) and (second.start, second.slot) == (33, 3)
     assert third.draw is None and list(third.token_ids) == [1]
 
 
 def test_others_do_what_rank_0_does():
-    """Guards against a rank that has more steps in flight than it has memory for, and masks of another step."""
+    """Guards against a rank that has more steps in flight than it has memory for, masks of another step, and a step in
+    which ranks verify other numbers of drafts."""
     own, other = Recorder(), Recorder()
-    follower = Follower(other.launch, other.run_ahead)
+    follower = Follower(other.launch_chosen, other.run_ahead)
     leader = LeadingRunner(own, follower.take)
     steps = [leader.launch([Row([number], 0, [0], None)]) for number in range(2)]
     steps[0].read()
