@@ -16,6 +16,7 @@ FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.log1p, torch.tanh
 
 def prepare_vector_math() -> None:
     """Before the first call with many numbers: one number is computed by one thread. Takes microseconds."""
-    one = torch.ones(1)
-    for function in FUNCTIONS:
-        function(one)
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in FUNCTIONS:
+            function(one)

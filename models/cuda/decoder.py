@@ -426,8 +426,8 @@ def dense_part(mlp: Mlp) -> DenseMlpWeights | None:
 
 
 def rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:
-    """float32 [max_len, rotary_dim / 2]."""
+    """float32 [max_len, rotary_dim / 2]: rounded from float64, so that the bits do not depend on the host's CPU."""
     prepare_vector_math()
-    angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope)
+    angles = (torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope)).double()
     factor = rope.attention_factor
-    return RopeTables((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))
+    return RopeTables((angles.cos() * factor).float().to(device), (angles.sin() * factor).float().to(device))
