@@ -15,11 +15,14 @@ from baton.simulator.workload import TRACE_BLOCK_TOKENS, SimRequest
 
 @dataclass(frozen=True, slots=True)
 class Hits:
+    """Prompt tokens of a workload, and those of them that were in the cache."""
+
     tokens: int
     hit_tokens: int
 
     @property
     def share(self) -> float:
+        """The hit rate, 0 to 1."""
         return self.hit_tokens / self.tokens if self.tokens else 0.0
 
 

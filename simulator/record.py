@@ -121,6 +121,7 @@ class RunSummary:
 
 
 def summarise(records: Sequence[RequestRecord]) -> RunSummary:
+    """Latencies of the requests that were served; the duration is from the first arrival to the last token."""
     served = [record for record in records if record.ok]
     first = min((record.request.arrival_s for record in records), default=0.0)
     last = max((record.token_s[-1] for record in served), default=first)

@@ -69,6 +69,8 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class SimOutcome:
+    """What a run gave: its requests, what the nodes counted, and how much was simulated."""
+
     records: tuple[RequestRecord, ...]
     counters: Mapping[str, float]
     """Of the proxy."""

@@ -53,6 +53,7 @@ def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.
 
 
 def slo_of(settings: SloSettings) -> Slo:
+    """In seconds."""
     return Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
 
 

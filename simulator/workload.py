@@ -132,4 +132,5 @@ def rate_of(requests: Sequence[SimRequest]) -> float:
 
 
 def gaps(times_s: Sequence[float]) -> list[float]:
+    """Seconds between each time and the next, one fewer than times."""
     return [after - before for before, after in pairwise(times_s)]

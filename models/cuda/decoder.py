@@ -406,6 +406,7 @@ class _StepOps:
 
 
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:
+    """Weights of the norms of query and key heads; None where the layer has none."""
     return layer.attention.head_norms if isinstance(layer.attention, AttentionWeights) else None
 
 

@@ -177,6 +177,7 @@ class ModelWorkers:
             del self._known[next(each for each in self._known if not self._of(each))]
 
     def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> None:
+        """What a member reports replaces what was counted for it since its last report."""
         member = self.members[identity]
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now

@@ -121,10 +121,15 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class RoutingRules:
+    """The options of the proxy by these names, as `pick` uses them."""
+
     policy: str
     local_prefill: str
+    """Which prompts decode workers compute themselves: never, short, auto or always."""
     local_prefill_tokens: int
+    """A prompt is short if fewer of its tokens are not cached on the decode worker."""
     local_prefill_itl_weight: float
+    """With auto: of a delay of running answers, against that of the first token."""
 
 
 @dataclass(frozen=True, slots=True)
