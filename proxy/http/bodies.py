@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from baton.node.errors import BadRequest, Overloaded
+from baton.node.telemetry import excerpt
 from baton.proxy.http.asgi import ClientGone
 
 BODY_TIMEOUT_S = 60.0
@@ -102,8 +103,9 @@ class BodyMemory:
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int, held: HeldBody) -> None:
-    """The request's whole body, into `held`; raises BadRequest (413, 408), Overloaded (503) or ClientGone."""
-    declared = Headers(scope=scope).get("content-length", "0")
+    """The request's whole body, into `held`; raises BadRequest (413, 415, 408), Overloaded (503) or ClientGone."""
+    headers = Headers(scope=scope)
+    declared = headers.get("content-length", "0")
     too_large = declared.isdecimal() and int(declared) > max_bytes
     parts: list[bytes] = []
     num_bytes = 0
@@ -134,4 +136,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, held: HeldBo
     if too_large:
         message_text = f"the body is larger than {max_bytes} bytes"
         raise BadRequest(message_text, status=413, code="request_too_large")
+    if (encoding := headers.get("content-encoding", "")) not in ("", "identity"):
+        message_text = f"bodies with Content-Encoding {excerpt(encoding, 40)} are not read here: send it as it is"
+        raise BadRequest(message_text, status=415, code="unsupported_encoding")
     held.content = b"".join(parts)

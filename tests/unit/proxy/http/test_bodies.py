@@ -59,6 +59,15 @@ async def test_a_body_counts_until_it_is_let_go_of() -> None:
         assert bodies.used_bytes == 0
 
 
+async def test_a_compressed_body_is_refused_as_such() -> None:
+    """Guards a client that compresses from an error about JSON."""
+    bodies, _ = memory(100)
+    scope = {**SCOPE, "headers": [(b"content-encoding", b"gzip")]}
+    with bodies.hold() as held, pytest.raises(BadRequest, match="Content-Encoding gzip") as raised:
+        await read_body(scope, sends(b"\x1f\x8b"), 10, held)
+    assert raised.value.status == 415
+
+
 async def test_an_old_body_gives_way_to_a_new_one() -> None:
     """Guards against unfinished bodies that keep everybody else out."""
     bodies, refused = memory(10)
