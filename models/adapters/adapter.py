@@ -81,6 +81,8 @@ class Adapter:
     """All of the model."""
     embedding: LowRank | None = None  # a [rank, vocab], b [hidden, rank]: token t adds b a[:, t]
     lm_head: Parts = ()  # one part, [vocab, hidden]
+    whole_embedding: torch.Tensor | None = None  # [vocab, hidden], in place of the model's
+    whole_head: torch.Tensor | None = None  # [vocab, hidden], in place of the model's
 
     @property
     def pairs(self) -> Iterator[LowRank]:
@@ -98,7 +100,12 @@ class Adapter:
     @property
     def size_bytes(self) -> int:
         tensors = {id(tensor): tensor.nbytes for pair in self.pairs for tensor in pair.tensors}
-        return sum(tensors.values())
+        return sum(tensors.values()) + sum(each.nbytes for each in self.wholes)
+
+    @property
+    def wholes(self) -> tuple[torch.Tensor, ...]:
+        """What is there in place of weights of the model."""
+        return tuple(each for each in (self.whole_embedding, self.whole_head) if each is not None)
 
 
 def adapted_products(config: ModelConfig) -> tuple[dict[str, AdaptedProduct], ...]:

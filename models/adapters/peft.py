@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ FORMS = {  # what a tensor's name ends in: the side of the pair
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
-BASE_ROWS = 64
-"""Of a copy of the model's embedding or head that an adapter holds, rows that are compared with the model's."""
+FIRST_ROWS = 64
+"""Of a copy of the model's embedding or head that an adapter holds, rows that are compared before all are."""
 
 BaseRows = Callable[[str, "list[int] | None"], "torch.Tensor | None"]
 """Rows of a weight of the model by its name in the checkpoint, [rows, inputs], or all; None: it is not known."""
@@ -50,9 +51,15 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     adapter_config = read_adapter_config(folder)
     tensors, weights_digest = _read_tensors(weights_file(folder))
     places = adapted_modules(config)
-    pairs = _pairs(tensors, places, base_rows)
+    wholes = _take_wholes(tensors, places, base_rows)
+    pairs = _pairs(tensors, places)
+    if both := sorted(wholes.keys() & pairs.keys()):
+        raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
+    if not pairs and not wholes:
+        raise AdapterError("the weights hold no pair of lora_A and lora_B")
     assembler = _Assembler(config, adapter_config, places, base_rows)
-    return assembler.adapter(pairs, adapter_config.digest(weights_digest))
+    adapter = assembler.adapter(pairs, adapter_config.digest(weights_digest))
+    return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
@@ -72,16 +79,54 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
     return tensors, hashlib.sha256(data).digest()
 
 
-def _pairs(
-    tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], base_rows: BaseRows
-) -> dict[str, dict[str, torch.Tensor]]:
+def _take_wholes(
+    tensors: dict[str, torch.Tensor], places: Mapping[str, Place], base_rows: BaseRows
+) -> dict[str, torch.Tensor]:
+    """The embedding and the head that an adapter brings in place of the model's (modules_to_save), by module, taken out
+    of the tensors. PEFT also saves the model's own, beside pairs that change them."""
+    found = {}
+    for name in sorted(tensors):
+        short = name.removeprefix(PREFIX)
+        module = short.removesuffix(".weight").removesuffix(".base_layer")
+        if not short.endswith(".weight") or module not in (EMBEDDING, LM_HEAD):
+            continue
+        place, tensor = places[module], _checked(name, tensors.pop(name), 2)
+        assert isinstance(place, AdaptedProduct), "of the vocabulary"
+        shape = [place.num_outputs, place.num_inputs]
+        if list(tensor.shape) != shape:
+            raise AdapterError(
+                f"tensor {excerpt(name)}: is {list(tensor.shape)}, the model's own {shape}: an adapter cannot change the "
+                "size of the vocabulary"
+            )
+        is_own = _is_own(tensor, f"{module}.weight", base_rows)
+        if short.endswith(".base_layer.weight"):
+            if is_own is False:  # of a tied model, both uses would change
+                raise AdapterError(f"tensor {excerpt(name)}: differs from the model's own, which it should be")
+        elif not is_own:
+            if module in found:
+                raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
+            found[module] = tensor
+    return found
+
+
+def _is_own(tensor: torch.Tensor, name: str, base_rows: BaseRows) -> bool | None:
+    """Whether it is the model's weight of that name; None: that is not known."""
+    count = min(FIRST_ROWS, len(tensor))
+    rows = sorted({number * (len(tensor) - 1) // max(1, count - 1) for number in range(count)})
+    for numbers in (rows, None):
+        own = base_rows(name, numbers)
+        if own is None:
+            return None
+        if not torch.equal((tensor if numbers is None else tensor[numbers]).to(own.dtype), own):
+            return False
+    return True
+
+
+def _pairs(tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> dict[str, dict[str, torch.Tensor]]:
     """By module, both tensors of its pair."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in sorted(tensors.items()):
         short = name.removeprefix(PREFIX)
-        if short.endswith(".base_layer.weight"):
-            _check_base(name, short.removesuffix(".base_layer.weight"), tensor, places, base_rows)
-            continue
         ending = next((ending for ending in FORMS if short.endswith(ending)), None)
         if ending is None:
             raise AdapterError(f"tensor {excerpt(name)}: is {_kind(short)}, which is not supported")
@@ -94,8 +139,6 @@ def _pairs(
         if FORMS[ending] in pair:
             raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
         pair[FORMS[ending]] = _checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
-    if not pairs:
-        raise AdapterError("the weights hold no pair of lora_A and lora_B")
     return pairs
 
 
@@ -106,7 +149,7 @@ def _kind(name: str) -> str:
     if "trainable_tokens" in name:
         return "trained rows of the embedding"
     if name.endswith((".weight", ".bias")):
-        return "a whole weight (modules_to_save)"
+        return "a whole weight (modules_to_save) of neither the embedding nor the head"
     return "no part of a low-rank adapter"
 
 
@@ -118,18 +161,6 @@ def _checked(name: str, tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"tensor {excerpt(name)}: has numbers that are not finite")
     return tensor
-
-
-def _check_base(name: str, module: str, tensor: torch.Tensor, places: Mapping[str, Place], base_rows: BaseRows) -> None:
-    """PEFT saves the embedding and the head with an adapter that changes them: the model's own, or others."""
-    place = places.get(module)
-    if not isinstance(place, AdaptedProduct) or tuple(tensor.shape) != (place.num_outputs, place.num_inputs):
-        raise AdapterError(f"tensor {excerpt(name)}: {list(tensor.shape)} is no weight of this model")
-    count = min(BASE_ROWS, len(tensor))
-    rows = sorted({number * (len(tensor) - 1) // max(1, count - 1) for number in range(count)})
-    own = base_rows(f"{module}.weight", rows)
-    if own is not None and not torch.equal(tensor[rows].to(own.dtype), own):
-        raise AdapterError(f"tensor {excerpt(name)}: differs from the model's own, and cannot replace it")
 
 
 class _Assembler:

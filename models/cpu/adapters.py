@@ -2,6 +2,8 @@
 
     y[rows, outputs] = row_scale * y[rows, outputs] + (x[rows] a^T) b^T
 
+An adapter may bring an embedding and a head of its own, which are read in place of the model's.
+
 Rows without an adapter are computed as in a step without adapters, bit for bit: the product itself is of all rows.
 """
 
@@ -46,6 +48,8 @@ class CpuAdapter:
     layers: tuple[dict[str, tuple[PlacedPair, ...]], ...]
     embedding: LowRank | None
     lm_head: tuple[PlacedPair, ...]
+    whole_embedding: torch.Tensor | None  # [vocab, hidden]
+    whole_head: torch.Tensor | None  # [vocab, hidden]
     size_bytes: int
 
 
@@ -65,12 +69,16 @@ class RowAdapters:
 
     def add_head(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         for adapter, rows in self.groups:
+            if adapter.whole_head is not None:
+                y[rows] = x[rows] @ adapter.whole_head.t()
             for pair in adapter.lm_head:
                 pair.add(rows, x, y)
         return y
 
     def add_embedding(self, token_ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         for adapter, rows in self.groups:
+            if adapter.whole_embedding is not None:
+                y[rows] = F.embedding(token_ids[rows], adapter.whole_embedding)
             if adapter.embedding is not None:
                 y[rows] += F.embedding(token_ids[rows], adapter.embedding.a.t()) @ adapter.embedding.b.t()
         return y
@@ -98,12 +106,9 @@ class CpuAdapterSlots:
         if adapter.rank > self._max_rank:
             raise AdapterError(f"the adapter has rank {adapter.rank}, more than --max-lora-rank {self._max_rank}")
         cast: dict[int, torch.Tensor] = {}
-        size_bytes = 0
-        for pair in adapter.pairs:
-            for tensor in pair.tensors:
-                if id(tensor) not in cast:
-                    cast[id(tensor)] = self._cast(tensor)
-                    size_bytes += cast[id(tensor)].nbytes
+        for tensor in (*(each for pair in adapter.pairs for each in pair.tensors), *adapter.wholes):
+            if id(tensor) not in cast:
+                cast[id(tensor)] = self._cast(tensor)
 
         def placed(parts: Parts, outputs: Sequence[int]) -> tuple[PlacedPair, ...]:
             firsts = np.cumsum((0, *outputs)).tolist()
@@ -125,7 +130,12 @@ class CpuAdapterSlots:
         embedding = adapter.embedding
         if embedding is not None:
             embedding = LowRank(cast[id(embedding.a)], cast[id(embedding.b)])
-        return CpuAdapter(layers, embedding, placed(adapter.lm_head, (self._config.vocab_size,)), size_bytes)
+        whole_embedding, whole_head = (
+            None if each is None else cast[id(each)] for each in (adapter.whole_embedding, adapter.whole_head)
+        )
+        lm_head = placed(adapter.lm_head, (self._config.vocab_size,))
+        size_bytes = sum(each.nbytes for each in cast.values())
+        return CpuAdapter(layers, embedding, lm_head, whole_embedding, whole_head, size_bytes)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         found = tensor.to(self._dtype).contiguous()

@@ -51,9 +51,29 @@ TENSORS = {
         "layers.9.mlp.up_proj",
     ),
     "merged module of another family": ({A.replace("q_proj", "qkv_proj"): torch.ones(8, HIDDEN)}, "qkv_proj"),
-    "whole weight": (
-        pair(**{"base_model.model.lm_head.weight": torch.ones(1, 1)}),
-        r"lm_head.weight: is a whole weight \(modules_to_save\)",
+    "whole norm": (
+        pair(**{"base_model.model.model.norm.weight": torch.ones(HIDDEN)}),
+        r"model.norm.weight: is a whole weight \(modules_to_save\) of neither",
+    ),
+    "resized vocabulary": (
+        pair(**{"base_model.model.lm_head.weight": torch.ones(CONFIG.vocab_size + 2, HIDDEN)}),
+        rf"lm_head.weight: is \[{CONFIG.vocab_size + 2}, 256\], the model's own \[{CONFIG.vocab_size}, 256\]",
+    ),
+    "head twice": (
+        {name: torch.ones(CONFIG.vocab_size, HIDDEN) for name in ("lm_head.weight", "base_model.model.lm_head.weight")},
+        "lm_head.weight: is there twice",
+    ),
+    "own head and a pair": (
+        {
+            "lm_head.lora_A.weight": torch.ones(8, HIDDEN),
+            "lm_head.lora_B.weight": torch.ones(CONFIG.vocab_size, 8),
+            "lm_head.weight": torch.ones(CONFIG.vocab_size, HIDDEN),
+        },
+        "module lm_head: has a low-rank pair beside a whole weight",
+    ),
+    "own head that is not finite": (
+        pair(**{"lm_head.weight": torch.full((CONFIG.vocab_size, HIDDEN), float("inf"))}),
+        "lm_head.weight: has numbers that are not finite",
     ),
     "magnitude": (pair(**{f"{QUERY}lora_magnitude_vector": torch.ones(1)}), "has a magnitude, or has none"),
     "bias of b": (pair(**{f"{QUERY}lora_B.bias": torch.ones(1)}), "a bias of lora_B"),
@@ -72,7 +92,7 @@ TENSORS = {
     ),
     "embedding of another size": (
         pair(**{"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(9, HIDDEN)}),
-        r"\[9, 256\] is no weight of this model",
+        r"is \[9, 256\], the model's own",
     ),
     "embedding saved as a product": (
         pair(**{"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(8, HIDDEN)}),
@@ -108,6 +128,17 @@ def test_wrong_fields_are_refused_by_name(name: str, tmp_path: Path) -> None:
     fields, expected = FIELDS[name]
     with pytest.raises(AdapterError, match=expected):
         read_facts(write(tmp_path, pair(), **fields))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_copy_of_the_models_own_embedding_is_dropped(changed: bool, tmp_path: Path) -> None:
+    """PEFT saves one without need; one that differs in a single row is another."""
+    own = rows_of_folder(DEMO, tied=True)("model.embed_tokens.weight", None)
+    assert own is not None
+    own[1, 0] += changed
+    folder = write(tmp_path, pair(**{"base_model.model.model.embed_tokens.weight": own}))
+    read = read_adapter(folder, CONFIG, rows_of_folder(DEMO, tied=True))
+    assert [each.shape for each in read.wholes] == ([own.shape] if changed else [])
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

@@ -37,6 +37,21 @@ ADAPTERS = {
     "embedding and head": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "up_proj"]}),
     "embedding of a tied model, scaled": ("gemma", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}),
     "head behind a softcap": ("gemma2", {"tie_word_embeddings": False}, {"target_modules": ["lm_head", "q_proj"]}),
+    "own embedding and head": (
+        "llama",
+        {},
+        {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "own head of a tied model, behind a softcap": (
+        "gemma2",
+        {"tie_word_embeddings": True},
+        {"target_modules": ["down_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "own embedding of a tied model, scaled": (
+        "gemma",
+        {"tie_word_embeddings": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
     "merged projections": ("phi3", {"pad_token_id": 0}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "magnitudes (DoRA)": ("llama", {}, {"target_modules": [*ATTENTION, "gate_proj", "lm_head"], "use_dora": True}),
     "magnitudes of merged projections": (
