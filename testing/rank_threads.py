@@ -16,8 +16,10 @@ from typing import TypeVar
 
 import torch
 
+from baton.models.adapters.adapter import Adapter
+from baton.models.adapters.flat import Directory
 from baton.models.batch import Drawn, Launched, Row
-from baton.models.cpu.peers import RankPeers, sum_in_order
+from baton.models.cpu.peers import FilledSlot, OwnMemory, RankMemory, RankPeers, sum_in_order
 from baton.models.cpu.runner import ModelRunner
 from baton.models.partition import Rank
 from baton.node.errors import PeerLost
@@ -34,8 +36,8 @@ class _Board:
     def __init__(self, count: int) -> None:
         self.parts: list[torch.Tensor] = [torch.empty(0)] * count
         self.barrier = threading.Barrier(count, timeout=BARRIER_S)
-        self.rows: Sequence[Row] = ()
-        """Of the step that rank 0 has begun."""
+        self.begun: Sequence[Row] | FilledSlot = ()
+        """The rows of the step that rank 0 has begun, or the slot that it has filled."""
 
     def exchange(self, index: int, part: torch.Tensor) -> list[torch.Tensor]:
         """The parts of all ranks; none is changed after it was given."""
@@ -63,13 +65,20 @@ class ThreadPeers:
         """What this rank has exchanged."""
 
     def begin(self, rows: Sequence[Row]) -> None:
-        self._board.rows = rows
+        self._board.begun = rows
         self._board.wait()
 
-    def begun(self) -> Sequence[Row]:
-        """The rows of the next step, once rank 0 has begun it."""
+    def begun(self) -> Sequence[Row] | FilledSlot:
+        """What rank 0 does next, once it has begun."""
         self._board.wait()
-        return self._board.rows
+        return self._board.begun
+
+    def allocate(self, size_bytes: int) -> RankMemory:
+        return OwnMemory.of(size_bytes)
+
+    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+        self._board.begun = FilledSlot(slot, memory.tensor, directory)
+        self._board.wait()
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         self.num_sums += 1
@@ -101,11 +110,16 @@ class RankThreads:
     def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> torch.Tensor:
         return self._together(lambda rows: self.runners[0].advance(rows, entering), rows)
 
-    def _together(self, call: Callable[[Sequence[Row]], T], rows: Sequence[Row]) -> T:
+    def fill(self, slot: int, adapter: Adapter) -> None:
+        """Fill a slot of all ranks."""
+        slots = self.runners[0].adapters
+        self._together(lambda prepared: slots.fill(slot, prepared), slots.prepare(adapter))
+
+    def _together(self, call: Callable[[X], T], argument: X) -> T:
         """Rank 0 makes the call, and the others join the step."""
         with ThreadPoolExecutor(len(self.runners)) as threads:
             joined = [threads.submit(self._guarded, self._join, index) for index in range(1, len(self.runners))]
-            made = self._guarded(call, rows)
+            made = self._guarded(call, argument)
         for each in joined:
             each.result()
         return made

@@ -101,7 +101,9 @@ def load_model(
             "turn, so only prefill workers have more; --tp shares out a decode worker"
         )
     if settings.max_loras:
-        check_adapters(model_config(folder), settings.tp, settings.pp)
+        check_adapters(model_config(folder), settings.pp)
+        if device != "cpu" and settings.tp > 1:
+            raise SettingsError(f"--max-loras: the ranks of --tp {settings.tp} take adapters on CPUs only")
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:
@@ -178,8 +180,7 @@ def _load_on_cpu(
     try:
         group, peers = start_ranks(part, settings.tp, *how)
         ranks = group if stages is None else stages.with_ranks(group)
-        own = draft, settings.most_drafts, settings.max_loras, settings.max_lora_rank
-        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), *own)
+        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), draft, settings.most_drafts)
         if isinstance(stages, RemoteStages):
             return _in_remote_stages(settings, sizes, runner, stages, group)
         if stages is not None:
@@ -201,6 +202,8 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int) -> Model
         max_model_len=settings.max_model_len,
         vocab_size=vocab_size,
         num_stages=settings.pp,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
     )
 
 

@@ -95,8 +95,8 @@ def _take_wholes(
         shape = [place.num_outputs, place.num_inputs]
         if list(tensor.shape) != shape:
             raise AdapterError(
-                f"tensor {excerpt(name)}: is {list(tensor.shape)}, the model's own {shape}: an adapter cannot change the "
-                "size of the vocabulary"
+                f"tensor {excerpt(name)}: is {list(tensor.shape)}, the model's own {shape}: an adapter cannot change "
+                "the size of the vocabulary"
             )
         is_own = _is_own(tensor, f"{module}.weight", base_rows)
         if short.endswith(".base_layer.weight"):

@@ -17,9 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from baton.models.adapters.adapter import Adapter, LowRank, Parts, adapted_products
+from baton.models.adapters.adapter import Adapter, LowRank, Parts, layer_products
+from baton.models.adapters.cut import share_of
+from baton.models.adapters.flat import Directory, flatten, view
 from baton.models.adapters.slots import Fill, PreparedAdapter
 from baton.models.config import ModelConfig
+from baton.models.cpu.peers import NO_PEERS, FilledSlot, RankMemory, RankPeers
+from baton.models.layers import describe
 from baton.node.errors import AdapterError, InvariantBroken
 
 NO_SLOT = -1
@@ -43,14 +47,25 @@ class PlacedPair(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuAdapter:
-    """An adapter in the model's dtype; a product that it leaves alone is not there."""
+    """A rank's part of an adapter in the model's dtype; a product that it leaves alone is not there."""
 
     layers: tuple[dict[str, tuple[PlacedPair, ...]], ...]
     embedding: LowRank | None
     lm_head: tuple[PlacedPair, ...]
     whole_embedding: torch.Tensor | None  # [vocab, hidden]
     whole_head: torch.Tensor | None  # [vocab, hidden]
-    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatAdapter:
+    """A PreparedAdapter: in memory that all ranks can map."""
+
+    memory: RankMemory
+    directory: Directory
+
+    @property
+    def size_bytes(self) -> int:
+        return self.memory.tensor.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,57 +112,50 @@ FILLED: Fill = _FilledAtOnce()
 class CpuAdapterSlots:
     """models.adapters.slots.AdapterSlots: an adapter in the host's memory needs no copy."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, num_slots: int = 0, max_rank: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        num_slots: int = 0,
+        max_rank: int = 0,
+        peers: RankPeers = NO_PEERS,
+    ) -> None:
+        """peers: the other ranks, whose slots are filled as rank 0's are."""
         self.num_slots = num_slots
-        self._config, self._dtype, self._max_rank = config, dtype, max_rank
+        self._config, self._dtype, self._max_rank, self._peers = config, dtype, max_rank, peers
+        shapes = describe(config, peers.rank) if num_slots else ()
+        self._products = tuple(layer_products(shape, config.hidden_size) for shape in shapes)
         self._slots: list[CpuAdapter | None] = [None] * num_slots
 
-    def prepare(self, adapter: Adapter) -> CpuAdapter:
+    def prepare(self, adapter: Adapter) -> FlatAdapter:
         if adapter.rank > self._max_rank:
             raise AdapterError(f"the adapter has rank {adapter.rank}, more than --max-lora-rank {self._max_rank}")
-        cast: dict[int, torch.Tensor] = {}
-        for tensor in (*(each for pair in adapter.pairs for each in pair.tensors), *adapter.wholes):
-            if id(tensor) not in cast:
-                cast[id(tensor)] = self._cast(tensor)
+        memories: list[RankMemory] = []
 
-        def placed(parts: Parts, outputs: Sequence[int]) -> tuple[PlacedPair, ...]:
-            firsts = np.cumsum((0, *outputs)).tolist()
-            pairs = [(part, first) for part, first in zip(parts, firsts, strict=False) if part is not None]
-            return tuple(
-                PlacedPair(
-                    cast[id(part.a)],
-                    cast[id(part.b)],
-                    first,
-                    None if part.row_scale is None else cast[id(part.row_scale)],
-                )
-                for part, first in pairs
-            )
+        def allocate(size_bytes: int) -> torch.Tensor:
+            memories.append(self._peers.allocate(size_bytes))
+            return memories[0].tensor
 
-        layers = tuple(
-            {name: found for name, shape in shapes.items() if (found := placed(layer.product(name), shape.outputs))}
-            for layer, shapes in zip(adapter.layers, adapted_products(self._config), strict=True)
-        )
-        embedding = adapter.embedding
-        if embedding is not None:
-            embedding = LowRank(cast[id(embedding.a)], cast[id(embedding.b)])
-        whole_embedding, whole_head = (
-            None if each is None else cast[id(each)] for each in (adapter.whole_embedding, adapter.whole_head)
-        )
-        lm_head = placed(adapter.lm_head, (self._config.vocab_size,))
-        size_bytes = sum(each.nbytes for each in cast.values())
-        return CpuAdapter(layers, embedding, lm_head, whole_embedding, whole_head, size_bytes)
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        found = tensor.to(self._dtype).contiguous()
-        if not torch.isfinite(found).all():
-            raise AdapterError(f"numbers of the adapter are too large for {self._dtype}")
-        return found
+        _, directory = flatten(adapter, self._dtype, allocate)
+        return FlatAdapter(memories[0], directory)
 
     def fill(self, slot: int, adapter: PreparedAdapter) -> Fill:
-        if not isinstance(adapter, CpuAdapter):
+        if not isinstance(adapter, FlatAdapter):
             raise InvariantBroken("an adapter that was not prepared here")
-        self._slots[slot] = adapter
+        self._peers.fill(slot, adapter.memory, adapter.directory)
+        self.take(FilledSlot(slot, adapter.memory.tensor, adapter.directory))
         return FILLED
+
+    def take(self, filled: FilledSlot) -> None:
+        """Another rank than 0 does only this."""
+        adapter = view(filled.tensor, self._dtype, filled.directory)
+        share = share_of(adapter, self._config, self._peers.rank)
+        layers = tuple(
+            {name: found for name, shape in shapes.items() if (found := _placed(layer.product(name), shape.outputs))}
+            for layer, shapes in zip(share.layers, self._products, strict=True)
+        )
+        head = _placed(share.lm_head, (self._config.vocab_size,))
+        self._slots[filled.slot] = CpuAdapter(layers, share.embedding, head, share.whole_embedding, share.whole_head)
 
     def rows(self, slots: np.ndarray) -> RowAdapters:
         """Of rows with these slots, NO_SLOT for none."""
@@ -158,3 +166,10 @@ class CpuAdapterSlots:
                 raise InvariantBroken(f"a row names slot {slot}, which has no adapter")
             groups.append((adapter, torch.from_numpy(np.flatnonzero(slots == slot))))
         return RowAdapters(tuple(groups))
+
+
+def _placed(parts: Parts, outputs: Sequence[int]) -> tuple[PlacedPair, ...]:
+    """outputs: of each part of the product."""
+    firsts = np.cumsum((0, *outputs)).tolist()
+    pairs = [(part, first) for part, first in zip(parts, firsts, strict=False) if part is not None]
+    return tuple(PlacedPair(part.a, part.b, first, part.row_scale) for part, first in pairs)

@@ -7,12 +7,32 @@ from one to another is not known here: worker.ranks does it between processes, t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from baton.models.adapters.flat import Directory
 from baton.models.batch import Row
 from baton.models.partition import WHOLE, Rank
+
+
+class RankMemory(Protocol):
+    """Memory of rank 0's process that the other ranks can map; it lives as long as this or a mapping."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """uint8."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilledSlot:
+    """Rank 0 has filled a slot with the adapter that lies here; what other ranks learn instead of a step's rows."""
+
+    slot: int
+    tensor: torch.Tensor
+    directory: Directory
 
 
 class RankPeers(Protocol):
@@ -25,6 +45,14 @@ class RankPeers(Protocol):
         """Rank 0 begins a step with these rows, which the others join."""
         ...
 
+    def allocate(self, size_bytes: int) -> RankMemory:
+        """Of rank 0; called by any thread."""
+        ...
+
+    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+        """Rank 0 fills a slot between two steps, and the others do the same."""
+        ...
+
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """Of the parts [N, width] of all ranks; every rank gets the same bits. `part` may be overwritten."""
         ...
@@ -34,12 +62,28 @@ class RankPeers(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class OwnMemory:
+    """RankMemory that no other process needs."""
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def of(cls, size_bytes: int) -> OwnMemory:
+        return cls(torch.empty(size_bytes, dtype=torch.uint8))
+
+
 class NoPeers:
     """Of the only rank of a model."""
 
     rank = WHOLE
 
     def begin(self, rows: Sequence[Row]) -> None: ...
+
+    def allocate(self, size_bytes: int) -> RankMemory:
+        return OwnMemory.of(size_bytes)
+
+    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None: ...
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return part

@@ -26,7 +26,7 @@ from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.cut_vocabulary import CutVocabulary
 from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.eagle import EagleDrafts
-from baton.models.cpu.peers import NO_PEERS, RankPeers
+from baton.models.cpu.peers import NO_PEERS, FilledSlot, RankPeers
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
@@ -119,7 +119,7 @@ class ModelRunner:
         check_partition(config, peers.rank.count)
         check_stages(config, stage.count)
         if max_loras:
-            check_adapters(config, peers.rank.count, stage.count)
+            check_adapters(config, stage.count)
         decoder: Decoder
         eagle_config = None if eagle is None else read_eagle(eagle, config)
         drafts = None
@@ -147,7 +147,7 @@ class ModelRunner:
                 drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
             decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap, stage)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
-        adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank)
+        adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank, peers)
         return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts, stage=stage)
 
     @property
@@ -215,9 +215,13 @@ class ModelRunner:
         with torch.inference_mode():
             return self._forward(rows, entering)[1]
 
-    def join(self, rows: Sequence[Row]) -> None:
-        """Compute this rank's part of the step that rank 0 began with these rows. Only rank 0 draws what is not plain
-        (models.cpu.cut_vocabulary): here any draw that is not does as well."""
+    def join(self, begun: Sequence[Row] | FilledSlot) -> None:
+        """Compute this rank's part of the step that rank 0 began with these rows, or fill a slot as rank 0 has. Only
+        rank 0 draws what is not plain (models.cpu.cut_vocabulary): here any draw that is not does as well."""
+        if isinstance(begun, FilledSlot):
+            self.adapters.take(begun)
+            return
+        rows = begun
         if self._stage.is_last:
             self._open(Verified(list(rows), len(rows), {}), None)
             return

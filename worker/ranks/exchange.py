@@ -7,16 +7,21 @@ they began to read the first, and writes the first again only after they have wr
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 
+from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
+from baton.models.adapters.flat import Directory
 from baton.models.batch import Row
-from baton.models.cpu.peers import sum_in_order
+from baton.models.cpu.peers import FilledSlot, RankMemory, sum_in_order
 from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken
 from baton.worker.ranks.links import RankLink
-from baton.worker.ranks.records import RecordDecoder, encode_rows
+from baton.worker.ranks.members import shared_bytes
+from baton.worker.ranks.records import FillRecord, RecordDecoder, encode_fill, encode_rows
 
 SLOT_BYTES = 4 << 20
 """Larger parts are exchanged piece by piece. Memory that is not used takes none."""
@@ -28,6 +33,16 @@ HEADER_BYTES = 8
 def memory_bytes(count: int) -> int:
     """Of what the ranks of a group share."""
     return 2 * count * SLOT_BYTES
+
+
+class AdapterMemory:
+    """RankMemory: of an adapter, in this process."""
+
+    def __init__(self, size_bytes: int) -> None:
+        memory = HostMemory(1, size_bytes)
+        self.shared = shared_bytes(memory.shared)
+        self.tensor = torch.frombuffer(memory.view, dtype=torch.uint8)
+        weakref.finalize(self, memory.close)
 
 
 class ProcessPeers:
@@ -47,9 +62,22 @@ class ProcessPeers:
     def begin(self, rows: Sequence[Row]) -> None:
         self.tell(encode_rows(rows, self._vocab_size))
 
-    def begun(self) -> list[Row]:
-        """Wait for rank 0 to begin a step, as long as it lives; its rows."""
-        return self._records.decode(self.hear())
+    def begun(self) -> list[Row] | FilledSlot:
+        """Wait for rank 0 to begin a step, or to fill a slot, as long as it lives."""
+        found = self._records.decode(self.hear())
+        if not isinstance(found, FillRecord):
+            return found
+        shared = found.memory
+        reader = SharedReader(found.pid, SharedFile(shared.fd, shared.size_bytes, shared.nonce), writable=True)
+        return FilledSlot(found.slot, torch.frombuffer(reader.view, dtype=torch.uint8), found.directory)
+
+    def allocate(self, size_bytes: int) -> RankMemory:
+        return AdapterMemory(size_bytes)
+
+    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+        if not isinstance(memory, AdapterMemory):
+            raise InvariantBroken("an adapter in memory that no other rank can map")
+        self.tell(encode_fill(FillRecord(slot, os.getpid(), memory.shared, directory)))
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return self._exchanged(part, [part.shape[1]] * self.rank.count, sum_in_order)

@@ -22,8 +22,6 @@ def load_part(
     on_progress: Progress = no_progress,
     eagle: Path | None = None,
     most_drafts: int = 0,
-    max_loras: int = 0,
-    max_lora_rank: int = 0,
 ) -> ModelRunner:
     """SettingsError for what cannot be run. From eagle on see ModelRunner.load; for a worker of one process."""
     return ModelRunner.load(
@@ -38,8 +36,8 @@ def load_part(
         stage=stage_of(part),
         eagle=eagle,
         most_drafts=most_drafts,
-        max_loras=max_loras,
-        max_lora_rank=max_lora_rank,
+        max_loras=part.max_loras,
+        max_lora_rank=part.max_lora_rank,
     )
 
 

@@ -18,6 +18,8 @@ class ModelPart(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     stage: int = 0
     num_stages: int = 1
+    max_loras: int = 0
+    max_lora_rank: int = 0
 
 
 class SharedBytes(msgspec.Struct, frozen=True):

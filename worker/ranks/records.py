@@ -1,4 +1,4 @@
-"""A step as rank 0 tells it to the others: the rows, without what only the drawing of tokens needs.
+"""What rank 0 tells the others: a step by its rows, without what only the drawing of tokens needs; or a filled slot.
 
 Of how a row draws they need to know whether all ranks draw it together (models.cpu.cut_vocabulary), and with which
 noise. Histories, masks and penalties stay at rank 0, so a record is small.
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 import msgspec
 
+from baton.models.adapters.flat import Directory
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.cpu.cut_vocabulary import PlainDraw, plain_draw
 from baton.node.messages.control import SamplingSpec
+from baton.worker.ranks.messages import SharedBytes
 
 OTHER_DRAW = Draw(SamplingSpec(max_tokens=1, logprobs=True), (), 0, 0)
 """Stands for any draw that only rank 0 makes."""
@@ -27,6 +29,20 @@ class RowRecord(msgspec.Struct, frozen=True, array_like=True):
     draws: bool
     plain: PlainDraw | None
     targets: PromptTargets | None
+    adapter: int | None
+
+
+class FillRecord(msgspec.Struct, frozen=True):
+    """A slot that rank 0 has filled, with an adapter in its process's memory."""
+
+    slot: int
+    pid: int
+    memory: SharedBytes
+    directory: Directory
+
+
+def encode_fill(record: FillRecord) -> bytes:
+    return msgspec.msgpack.encode(record)
 
 
 def encode_rows(rows: Sequence[Row], vocab_size: int) -> bytes:
@@ -35,19 +51,24 @@ def encode_rows(rows: Sequence[Row], vocab_size: int) -> bytes:
 
 def _record(row: Row, vocab_size: int) -> RowRecord:
     plain = None if row.draw is None else plain_draw(row.draw, vocab_size)
-    return RowRecord(tuple(row.token_ids), row.start, tuple(row.blocks), row.draw is not None, plain, row.targets)
+    draws = row.draw is not None
+    return RowRecord(tuple(row.token_ids), row.start, tuple(row.blocks), draws, plain, row.targets, row.adapter)
 
 
 class RecordDecoder:
-    """Makes rows of what `encode_rows` has made of some."""
+    """Makes rows of what `encode_rows` has made of some; a filled slot stays as it is."""
 
     def __init__(self) -> None:
-        self._decoder = msgspec.msgpack.Decoder(list[RowRecord])
+        self._decoder: msgspec.msgpack.Decoder[list[RowRecord] | FillRecord]
+        self._decoder = msgspec.msgpack.Decoder(list[RowRecord] | FillRecord)
 
-    def decode(self, data: bytes) -> list[Row]:
+    def decode(self, data: bytes) -> list[Row] | FillRecord:
+        found = self._decoder.decode(data)
+        if isinstance(found, FillRecord):
+            return found
         return [
-            Row(record.token_ids, record.start, record.blocks, _draw(record), targets=record.targets)
-            for record in self._decoder.decode(data)
+            Row(each.token_ids, each.start, each.blocks, _draw(each), targets=each.targets, adapter=each.adapter)
+            for each in found
         ]
 
 

@@ -13,6 +13,7 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
+from baton.testing.rank_threads import RankThreads
 from baton.tests.unit.models.conftest import LATENT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -175,16 +176,51 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
 
 
 @pytest.mark.parametrize(
-    ("family", "variant", "num_ranks", "expected"),
+    ("name", "count"),
     [
-        ("deepseek_v3", LATENT, 1, "latent attention, which takes no adapters"),
-        ("llama", {}, 2, "the ranks of --tp 2 take no adapters"),
+        ("all linear modules", 4),
+        ("rsLoRA, biased", 2),
+        ("embedding and head", 2),
+        ("own embedding and head", 2),
+        ("merged projections", 2),
+        ("magnitudes (DoRA)", 2),
+        ("attention beside experts", 2),
     ],
 )
-def test_models_that_take_no_adapters_say_so(make_model, family, variant, num_ranks, expected):
-    config = ModelConfig.from_folder(make_model(family, **variant).folder)
-    with pytest.raises(SettingsError, match=expected):
-        check_adapters(config, num_ranks)
+def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, sequences, prompt):
+    """Guards against a part of an adapter that two ranks add, or none; and against slots that only rank 0 fills."""
+    family, variant, options = ADAPTERS[name]
+    made = make_model(family, **variant)
+    adapter = make_adapter(made.reference, **options)
+
+    def load(peers):
+        return ModelRunner.load(made.folder, max_loras=2, max_lora_rank=16, peers=peers)
+
+    group = RankThreads(load, count)
+    tables = sequences(group.runners[0], 2, 128).tables
+    group.bind_pool(torch.zeros(group.runners[0].kv_shape(sum(map(len, tables)), 16)))
+    base_rows = rows_of_folder(made.folder, made.reference.config.tie_word_embeddings)
+    group.fill(1, read_adapter(adapter.folder, group.config, base_rows))
+    known = [list(prompt), list(prompt)]
+    for step in range(8):
+        news = known if step == 0 else [tokens[-1:] for tokens in known]
+        rows = [
+            Row(new, len(tokens) - len(new), table, GREEDY, adapter=slot)
+            for new, tokens, table, slot in zip(news, known, tables, (1, None), strict=True)
+        ]
+        for tokens, drawn in zip(known, group.step(rows), strict=True):
+            tokens += drawn.token_ids
+    for tokens, model in zip(known, (adapter.model, made.reference), strict=True):
+        assert logits_of(model, tokens, 8).argmax(-1).tolist() == tokens[len(prompt) :]
+    assert known[0] != known[1]
+
+
+def test_models_that_take_no_adapters_say_so(make_model):
+    config = ModelConfig.from_folder(make_model("deepseek_v3", **LATENT).folder)
+    with pytest.raises(SettingsError, match="latent attention, which takes no adapters"):
+        check_adapters(config)
+    with pytest.raises(SettingsError, match="the stages of --pp 2 take no adapters"):
+        check_adapters(ModelConfig.from_folder(make_model("llama").folder), 2)
 
 
 def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):

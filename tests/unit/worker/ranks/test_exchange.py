@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
+from baton.models.adapters.flat import flatten, view
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken, PeerLost
@@ -93,7 +95,7 @@ def test_ranks_get_the_rows_without_what_only_the_first_needs(group):
     long = tuple(range(1 << 20, (1 << 20) + SLOT_BYTES // 4))  # of 5 bytes each
     rows = [
         Row((7,), 31, [4, 5], GREEDY, slot=3),
-        Row((8,), 9, (6,), RANDOM, slot=1, most_drafts=2),
+        Row((8,), 9, (6,), RANDOM, slot=1, most_drafts=2, adapter=3),
         Row((9,), 0, [7], FILTERED),
         Row(long, 0, long[:1000], None, targets=PromptTargets(1, [3, 4], 2)),
     ]
@@ -105,7 +107,30 @@ def test_ranks_get_the_rows_without_what_only_the_first_needs(group):
         greedy, random, filtered, nothing = (row.draw and row.draw.sampling for row in found)
         assert greedy.temperature == 0.0 and (random.temperature, random.seed) == (0.7, 1 << 62)
         assert nothing is None and filtered.logprobs, "drawn by rank 0 alone"
+        assert [row.adapter for row in found] == [None, 3, None, None]
         assert found[1].draw.history == () and found[3].targets == PromptTargets(1, [3, 4], 2)
+
+
+def test_an_adapter_reaches_all_ranks_without_a_copy(group):
+    """Guards against other numbers at another rank, and memory that goes while a rank still computes with it."""
+    pair = LowRank(torch.randn(2, 5), torch.randn(7, 2), torch.randn(7))
+    adapter = Adapter(bytes(32), (LayerAdapter(), LayerAdapter(qkv=(None, pair, None))), whole_head=torch.randn(3, 5))
+    made = []
+
+    def allocate(size_bytes):
+        made.append(group[0].allocate(size_bytes))
+        return made[0].tensor
+
+    _, directory = flatten(adapter, torch.float32, allocate)
+    _, *received = together(lambda: group[0].fill(4, made[0], directory), *(peers.begun for peers in group[1:]))
+    made[0].tensor[:4].view(torch.float32).fill_(0.5)
+    pair.a[0, 0] = 0.5
+    made.clear()
+    for filled in received:
+        found = view(filled.tensor, torch.float32, filled.directory)
+        assert (filled.slot, found.digest, found.layers[0].qkv) == (4, bytes(32), ())
+        assert found.layers[1].qkv[0] is None and torch.equal(found.whole_head, adapter.whole_head)
+        assert all(map(torch.equal, found.layers[1].qkv[1].tensors, pair.tensors))
 
 
 def test_a_rank_that_has_ended_is_noticed_at_once(group, links):

@@ -1,0 +1,58 @@
+"""The part of an adapter that one rank of a group computes with: views of what all ranks have.
+
+    query, key, value, gate, up, head:  y[outputs of a rank] = W x + b (a x)              rows of b
+    o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
+
+As models.partition cuts the model. The embedding every rank holds whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts
+from baton.models.config import ModelConfig
+from baton.models.partition import Rank
+
+
+def share_of(adapter: Adapter, config: ModelConfig, rank: Rank) -> Adapter:
+    """The part of `rank`; what the adapter leaves alone need not be divisible."""
+    if rank.count == 1:
+        return adapter
+    vocabulary = rank.vocabulary(config.vocab_size)
+    head = None if adapter.whole_head is None else adapter.whole_head[vocabulary.start : vocabulary.stop]
+    return replace(
+        adapter,
+        layers=tuple(_layer(layer, config, rank) for layer in adapter.layers),
+        lm_head=_outputs(adapter.lm_head, vocabulary),
+        whole_head=head,
+    )
+
+
+def _layer(layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
+    query = _times(rank.share(config.num_heads, "query heads"), config.head_dim)
+    key = _times(rank.key_heads(config.num_kv_heads), config.head_dim)
+    inner = rank.share(config.intermediate_size, "rows of an MLP") if layer.gate_up or layer.down else range(0)
+    return LayerAdapter(
+        qkv=_outputs(layer.qkv, query, key, key),
+        o=_inputs(layer.o, query),
+        gate_up=_outputs(layer.gate_up, inner, inner),
+        down=_inputs(layer.down, inner),
+    )
+
+
+def _times(heads: range, width: int) -> range:
+    return range(heads.start * width, heads.stop * width)
+
+
+def _outputs(parts: Parts, *cuts: range) -> Parts:
+    return tuple(part and _rows(part, cut) for part, cut in zip(parts, cuts, strict=False))
+
+
+def _rows(pair: LowRank, cut: range) -> LowRank:
+    scale = None if pair.row_scale is None else pair.row_scale[cut.start : cut.stop]
+    return LowRank(pair.a, pair.b[cut.start : cut.stop], scale)
+
+
+def _inputs(parts: Parts, cut: range) -> Parts:
+    return tuple(part and part._replace(a=part.a[:, cut.start : cut.stop]) for part in parts)
