@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
@@ -39,14 +39,16 @@ from baton.node.messages.base import Message, Role
 from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Reserved, Tokens
 from baton.prefill.role import prefill_loop
 from baton.prefill.settings import PrefillSettings
+from baton.simulator.adapters import RANK, AdapterTraffic, SimSlots, sim_adapters
 from baton.simulator.latency import Profile, RowWork
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
 from baton.simulator.parallel import WorkerSize, hand_over_s
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
+from baton.worker.adapter_slots import AdapterRead
 from baton.worker.io_thread import Command, Inbound, IoThread
 from baton.worker.loop import Loop
-from baton.worker.parts import Parts
+from baton.worker.parts import NO_ADAPTERS, Adapters, Parts
 from baton.worker.prefix_loading import PrefixLoader
 from baton.worker.sequence import Sequence as WorkerSequence
 
@@ -110,7 +112,9 @@ class SimRunner:
 
     config = SimModel()
 
-    def __init__(self, profile: Profile, stages: int, clock: Callable[[], float]) -> None:
+    def __init__(self, profile: Profile, stages: int, clock: Callable[[], float], adapter_s: float = 0.0) -> None:
+        """adapter_s: that each adapter of a step takes."""
+        self._adapter_s = adapter_s
         self.step_s = 0.0
         self.busy_s = 0.0
         self.run_ahead = stages - 1
@@ -123,6 +127,7 @@ class SimRunner:
 
     def launch(self, rows: Sequence[Row]) -> SimStep:
         seconds = max(INSTANT_S, self._profile.step_s([RowWork(row.start, row.num_new) for row in rows]))
+        seconds += self._adapter_s * len({row.adapter for row in rows if row.adapter is not None})
         drawn = [_draw(row) for row in rows]
         if self._stages == 1:
             return SimStep(self, seconds, drawn)
@@ -332,16 +337,19 @@ class Host:
         ahead: bool,
         store: HostStore | None,
         store_loads: str,
+        traffic: AdapterTraffic | None,
     ) -> None:
-        """profile: of a worker of this size. sharing: None where it has one GPU, as all that it meets."""
+        """profile: of a worker of this size. sharing: None where it has one GPU, as all that it meets. traffic: of
+        adapters, if there are any."""
         self.identity = identity_of(name, 1)
         stages = sharing.size.stages if sharing is not None else 1
-        self.runner = SimRunner(profile, stages, self._clock)
+        adapter_s = 0.0 if traffic is None else traffic.size_bytes / traffic.step_bytes_s
+        self.runner = SimRunner(profile, stages, self._clock, adapter_s)
         events = EventLog()
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
         self._manager = manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
-        self._ahead = ahead and role != "prefill" and store is None
+        self._ahead = ahead and role != "prefill" and store is None and traffic is None
         self._turn_at = float("inf")  # time of the I/O thread's next scheduled turn
         self._past: float | None = None  # the loop's time, while it is behind the world's
         self._step_end: float | None = None  # end of the step in flight
@@ -359,13 +367,21 @@ class Host:
             PeerTransport(line.send, line.connect, line.disconnect),
             ChunkLimits(max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes)),
         )
-        membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._network.world.now)
+        register = _register(name, role, profile, line.address, traffic)
+        membership = Membership(register, (PROXY,), self._network.world.now)
         self._io = IoThread(line, membership, exchange, events, self._network.world.clock)
         self._delayed = DelayedIo(self._io, self.runner, network)
         self._store: Store = NO_STORE
         if store is not None:
             self._store = SimStore(store, self.identity, self._clock, self._hear)
             membership.set_store(store.identity)
+        self.adapters_filled: Set[bytes] = frozenset()
+        """Digests of all that were in a slot at some time."""
+        adapters: Adapters = NO_ADAPTERS
+        if traffic is not None:
+            slots = SimSlots(network.world, traffic)
+            self.adapters_filled = slots.filled
+            adapters = sim_adapters(network.world, slots, traffic, self._clock, self._hear)
         parts = Parts(
             runner=self.runner,
             manager=manager,
@@ -374,6 +390,7 @@ class Host:
             io=self._delayed,
             prefixes=PrefixLoader(self._store, manager, layout, always=store_loads == "always"),
             clock=self._clock,
+            adapters=adapters,
         )
         self.loop = _loop(parts, role, profile, policy)
         self._ready()
@@ -405,7 +422,7 @@ class Host:
         """The I/O thread has input: schedule its turn at this instant, behind the events already due."""
         self._set_turn(self._network.world.now)
 
-    def _hear(self, event: StoreEvent) -> None:
+    def _hear(self, event: StoreEvent | AdapterRead) -> None:
         self._io.inbox.put(event)
         self._ready()
 
@@ -541,7 +558,7 @@ def _plane(
     return ShardedPlane(cut, profile.num_blocks, ends, (lambda blocks: digests_of([blocks])[0]) if by_layer else None)
 
 
-def _register(name: str, role: Role, profile: Profile, address: str) -> Register:
+def _register(name: str, role: Role, profile: Profile, address: str, traffic: AdapterTraffic | None) -> Register:
     return Register(
         worker=name,
         incarnation=1,
@@ -553,6 +570,8 @@ def _register(name: str, role: Role, profile: Profile, address: str) -> Register
         max_num_seqs=profile.max_num_seqs,
         max_model_len=profile.max_model_len,
         address=address,
+        max_loras=0 if traffic is None else traffic.num_slots,
+        max_lora_rank=RANK,
     )
 
 

@@ -77,6 +77,7 @@ def replay_rows(summary: RunSummary, outcome: SimOutcome, good: float, took_s: f
         "prefill workers busy": f"{_busy(outcome, 'p'):.1%}",
         "decode workers busy": f"{_busy(outcome, 'd'):.1%}",
         **{f"prompt tokens, {source}": outcome.work.get(f"prompt_tokens_{source}", 0.0) for source in SOURCES},
+        **(_adapter_rows(outcome) if outcome.work.get("adapter_fills") else {}),
         "KV moved (GB)": outcome.moved_bytes / 1e9,
         **{name: value for name, value in outcome.counters.items() if value},
         "simulated (s)": outcome.simulated_s,
@@ -85,6 +86,22 @@ def replay_rows(summary: RunSummary, outcome: SimOutcome, good: float, took_s: f
         "took (s)": took_s,
     }
     return [{"": name, "value": value} for name, value in found.items()]
+
+
+def _adapter_rows(outcome: SimOutcome) -> dict[str, Cell]:
+    """How many adapters had to be copied into slots and read, and on how many workers of a role one came."""
+    work, named = outcome.work, {each.request.adapter for each in outcome.records}
+    found: dict[str, Cell] = {
+        "adapters named": len(named),
+        "adapters copied into slots": work["adapter_fills"],
+        "adapters read": work["adapter_loads"],
+        "waits for adapters, sum (s)": work["adapter_wait_seconds"],
+    }
+    for role, letter in (("prefill", "p"), ("decode", "d"), ("mixed", "m")):
+        counts = [count for name, count in outcome.adapters_filled.items() if name.startswith(letter)]
+        if counts:
+            found[f"{role} workers an adapter was on"] = sum(counts) / len(named)
+    return found
 
 
 def _parts(spread: Spread) -> Iterator[tuple[str, float]]:

@@ -81,6 +81,17 @@ class ReplaySettings(SloSettings):
     store_ram_gib: float = option(0.0, unit="GiB", help="RAM of each host's KV store; 0: no store", minimum=0)
     store_disk_gib: float = option(0.0, unit="GiB", help="disk of each host's KV store; 0: no disk", minimum=0)
     store_loads: str = option(LOADS[0], choices=LOADS, help="when a prefix is loaded from the store")
+    adapters: int = option(
+        0, unit="adapters", help="LoRA adapters, of which each request names one; 0: none", minimum=0
+    )
+    adapter_zipf: float = option(
+        1.0,
+        help="the k-th most frequent adapter is named k to the power of minus this as often as the first",
+        minimum=0,
+    )
+    adapter_mb: float = option(84.0, unit="MB", help="size of each adapter", minimum=0.001)
+    max_loras: int = option(32, unit="adapters", help="as the workers'", minimum=1)
+    max_cpu_loras: int = option(128, unit="adapters", help="as the workers'", minimum=1)
     step_by_step: bool = option(False, help="make every step of a decode worker an event: the same result, later")
 
 

@@ -15,6 +15,7 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.settings import ProxySettings
+from baton.simulator.adapters import AdapterTraffic
 from baton.simulator.host import PROXY, Host, Sharing, token_of
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
@@ -60,6 +61,8 @@ class Scenario:
     store: Capacity | None = None
     """Of the store that each host has; its workers are as many as the profile says, of both roles."""
     store_loads: str = "measured"
+    adapters: AdapterTraffic | None = None
+    """None: no request has one."""
     ahead: bool = True
     """Leave workers alone while their steps are alike, unless the router must hear of their blocks after each step; the
     records are the same without, and take longer."""
@@ -86,6 +89,8 @@ class SimOutcome:
     """Before the end, by the caller's wish."""
     levels: tuple[tuple[float, int], ...] = ()
     """How many workers were there or starting, of those that are scaled, from the times on at which that changed."""
+    adapters_filled: Mapping[str, int] = field(default_factory=dict)
+    """How many adapters were in slots of each worker at some time, by name."""
 
 
 Stop = Callable[[Sequence[RequestRecord], float], bool]
@@ -164,6 +169,7 @@ class _Simulation:
             simulated_s=simulated_s,
             stopped=stopped,
             levels=tuple(self._levels),
+            adapters_filled={name: len(host.adapters_filled) for name, host in self._hosts.items()},
         )
 
     # -- the cluster
@@ -192,6 +198,7 @@ class _Simulation:
             self._scenario.ahead and (self._scenario.late_events or self._scenario.proxy.policy not in READS_EVENTS),
             store,
             self._scenario.store_loads,
+            self._scenario.adapters,
         )
 
     def _scale(self, dispatcher: Dispatcher, bounds: Autoscale) -> None:
@@ -260,12 +267,14 @@ class _Simulation:
         request, profile = record.request, self._scenario.profile
         await asyncio.sleep(profile.request_s)
         request_id, seed = f"r{request.number}", request.number << 20
+        traffic = self._scenario.adapters
         generation = Generation(
             request_id=request_id,
             model=MODEL,
             prompt_ids=request.prompt_ids(),
             sampling=SamplingSpec(max_tokens=request.output_tokens, seed=seed),
             tenant=request.tenant,
+            adapter=None if traffic is None or request.adapter is None else traffic.adapter(request.adapter),
             expected_tokens=request.output_tokens,
         )
         timeline, timeout_s = Timeline(self._world.clock), self._scenario.proxy.request_timeout_s

@@ -9,6 +9,7 @@ from itertools import product
 
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
+from baton.simulator.adapters import AdapterTraffic
 from baton.simulator.latency import Profile
 from baton.simulator.parallel import WorkerSize
 from baton.simulator.ramp import Autoscale, mean_level, staged
@@ -49,7 +50,8 @@ def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.
     fitting = [request for request in requests if request.prompt_tokens + request.output_tokens <= longest]
     if not fitting:
         raise SettingsError(f"no request of the workload fits into {profile.max_model_len} tokens")
-    return fitting
+    traffic = _adapters_of(settings) if isinstance(settings, ReplaySettings) else None
+    return fitting if traffic is None else traffic.named(fitting, settings.seed)
 
 
 def slo_of(settings: SloSettings) -> Slo:
@@ -79,7 +81,20 @@ def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
         prefill_policy=settings.prefill_policy,
         store=_capacity_of(settings),
         store_loads=settings.store_loads,
+        adapters=_adapters_of(settings),
         ahead=not settings.step_by_step,
+    )
+
+
+def _adapters_of(settings: ReplaySettings) -> AdapterTraffic | None:
+    if not settings.adapters:
+        return None
+    return AdapterTraffic(
+        count=settings.adapters,
+        zipf=settings.adapter_zipf,
+        size_bytes=int(settings.adapter_mb * 1e6),
+        num_slots=settings.max_loras,
+        max_in_memory=settings.max_cpu_loras,
     )
 
 

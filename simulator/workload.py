@@ -39,6 +39,8 @@ class SimRequest:
     prefix: tuple[int, ...]
     block_tokens: int = TRACE_BLOCK_TOKENS
     tenant: str = ""
+    adapter: int | None = None
+    """Its number."""
 
     def prompt_ids(self) -> tuple[int, ...]:
         ids = chain.from_iterable(repeat(name, self.block_tokens) for name in self.prefix)

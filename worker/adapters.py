@@ -13,13 +13,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
-from baton.models.adapters.slots import AdapterSlots, Fill, PreparedAdapter
+from baton.models.adapters.fills import Fill, FillableSlots, PreparedAdapter
 from baton.node.counters import AdapterCounters
 from baton.node.errors import AdapterError
 from baton.node.leg import LegKey
@@ -56,19 +56,21 @@ class WorkerAdapters:
 
     def __init__(
         self,
-        slots: AdapterSlots,
+        slots: FillableSlots,
         read: ReadAdapter,
         max_in_memory: int,
         on_read: Callable[[AdapterRead], None],
         clock: Callable[[], float] = time.monotonic,
+        thread: Executor | None = None,
     ) -> None:
-        """`on_read` is called by the thread. `max_in_memory`: more than there are slots, or it counts as one more."""
+        """`on_read` is called by the thread, one of its own unless `thread` is given. `max_in_memory`: more than there
+        are slots, or it counts as one more."""
         self.counters = AdapterCounters()
         self._runner_slots, self._read, self._on_read, self._clock = slots, read, on_read, clock
         self._max_in_memory = max(max_in_memory, slots.num_slots + 1)
         self._slots = SlotTable(slots.num_slots)
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._awaited: set[bytes] = set()
         """By the sequences that wait longest: not forgotten before they have slots."""
         self._waits_longest: LegKey | None = None

@@ -32,7 +32,7 @@ from baton.benchmark.gpu.runners import (
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts, adapted_products
-from baton.models.adapters.slots import Fill, PreparedAdapter
+from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.batch import Draw, Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits

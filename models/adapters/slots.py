@@ -10,41 +10,15 @@ from __future__ import annotations
 from typing import Protocol
 
 from baton.models.adapters.adapter import Adapter
+from baton.models.adapters.fills import Fill, FillableSlots, PreparedAdapter
 from baton.node.errors import InvariantBroken
 
 
-class PreparedAdapter(Protocol):
-    """An adapter in the host's memory as a runner's slots take it."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the host's memory that it holds."""
-        ...
-
-
-class Fill(Protocol):
-    """A slot that is being filled beside the steps."""
-
-    @property
-    def done(self) -> bool:
-        """Never waits."""
-        ...
-
-
-class AdapterSlots(Protocol):
-    """Of a runner. Slots are numbered from 0 on."""
-
-    @property
-    def num_slots(self) -> int:
-        """0: the runner takes no adapters."""
-        ...
+class AdapterSlots(FillableSlots, Protocol):
+    """Of a runner."""
 
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
         """Called by a thread beside the loop's. AdapterError says what of the adapter cannot run here."""
-        ...
-
-    def fill(self, slot: int, adapter: PreparedAdapter) -> Fill:
-        """Begin to replace what the slot has; called by the loop's thread, and does not wait."""
         ...
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from baton.models.adapters.adapter import Adapter, LowRank, Parts, layer_products
 from baton.models.adapters.cut import share_of
+from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
-from baton.models.adapters.slots import Fill, PreparedAdapter
 from baton.models.config import ModelConfig
 from baton.models.cpu.peers import NO_PEERS, FilledSlot, RankMemory, RankPeers
 from baton.models.layers import describe

@@ -16,8 +16,8 @@ from baton.kvtransfer.blocks.hashing import block_hashes, root_hash
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE
+from baton.models.adapters.fills import PreparedAdapter
 from baton.models.adapters.peft import read_adapter
-from baton.models.adapters.slots import PreparedAdapter
 from baton.models.cpu.runner import ModelRunner
 from baton.models.drafts import Drafter
 from baton.node.messages.control import AdapterRef, Bundle, DispatchBody, Failed, Reserve, SamplingSpec, Tokens
