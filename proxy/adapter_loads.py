@@ -20,7 +20,7 @@ class AdapterLoads:
         self._awaited: defaultdict[tuple[str, bytes], list[asyncio.Future[str]]] = defaultdict(list)
 
     async def load(self, workers: Sequence[str], adapter: AdapterRef, timeout_s: float) -> Mapping[str, str]:
-        """The answers of those workers that gave one in time: why they cannot have it, or ""."""
+        """The answers of those workers that gave one in time, and were not lost: why they cannot have it, or ""."""
         loop = asyncio.get_running_loop()
         futures = {}
         for worker in workers:
@@ -30,7 +30,10 @@ class AdapterLoads:
         try:
             if futures:
                 await asyncio.wait(futures.values(), timeout=timeout_s)
-            return {worker: future.result() for worker, future in futures.items() if future.done()}
+            answered = {
+                worker: future for worker, future in futures.items() if future.done() and not future.cancelled()
+            }
+            return {worker: future.result() for worker, future in answered.items()}
         finally:
             for worker, future in futures.items():
                 self._settle(worker, adapter.digest, future)
@@ -43,8 +46,7 @@ class AdapterLoads:
     def on_lost(self, worker: str) -> None:
         for (each, _), futures in self._awaited.items():
             for future in futures if each == worker else ():
-                if not future.done():
-                    future.set_result("the worker was lost")
+                future.cancel()
 
     def _settle(self, worker: str, digest: bytes, future: asyncio.Future[str]) -> None:
         waiting = self._awaited[worker, digest]

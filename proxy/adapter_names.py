@@ -119,7 +119,8 @@ def adapter_of(name: str, parent: str, kept: KeptAdapter) -> NamedAdapter:
 def folder_inside(root: Path, path: str) -> Path:
     """The folder that a client names, absolute or below `root`, with all links resolved. Raises BadRequest where it, or
     a file of it, lies outside."""
-    outside = BadRequest("lora_path must be a folder inside --adapter-root", param="lora_path")
+    message = f"lora_path must be a folder inside --adapter-root, with all of its files; `{excerpt(path)}` is none"
+    outside = BadRequest(message, param="lora_path")
     try:
         own = root.resolve(strict=True)
         folder = (own / path).resolve(strict=True)

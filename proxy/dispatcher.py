@@ -170,6 +170,8 @@ class Dispatcher:
                 raise BadRequest(f"worker {worker}: {error}", param="lora_path")
         for role, workers in roles.items():
             if not any(worker in answers for worker in workers):
+                if not any(worker in self._cluster.models[model].members for worker in workers):
+                    raise PeerLost(f"each {role} worker was lost while it loaded the adapter")
                 raise DeadlineExceeded(f"no {role} worker has loaded the adapter in {timeout_s:.0f} s")
 
     def ready(self) -> str:

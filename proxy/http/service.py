@@ -168,8 +168,9 @@ class Service:
 
     def model_or_default(self, name: str | None, tenant: Tenant) -> ModelEntry:
         """Where a request may leave its model out, or name any: the first one of the tenant's."""
-        allowed = self.models_for(tenant)
-        found = allowed.get(name or "") or next(iter(allowed.values()), None)
+        if name and tenant.rules.may_use(name) and (name in self.models or self.adapters.find(name) is not None):
+            return self.model(name, tenant)
+        found = next(iter(self.models_for(tenant).values()), None)
         return found or self.model(name or "", tenant)
 
     def max_model_len(self, model: str) -> int:

@@ -8,7 +8,7 @@ adapter that is nowhere settles on few of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from baton.node.messages.control import AdapterRef
@@ -59,9 +59,12 @@ class AdapterPlaces:
 NO_ADAPTERS: AdapterPlaces = AdapterPlaces(0, 0, frozenset(), frozenset())
 
 
-def lacking(role: str, adapter: RequestAdapter) -> str:
-    """Of a role without a worker that takes the adapter."""
-    return f"no {role} worker takes adapters of rank {adapter.rank}; see --max-loras and --max-lora-rank of workers"
+def lacking(role: str, adapter: RequestAdapter, places: Iterable[AdapterPlaces]) -> str:
+    """Of a role without a worker that takes the adapter; `places`: of its workers."""
+    most = max((each.max_rank for each in places if each.num_slots), default=0)
+    if not most:
+        return f"no {role} worker takes adapters; see --max-loras of workers"
+    return f"the adapter has rank {adapter.rank}, {role} workers take up to {most}; see --max-lora-rank of workers"
 
 
 def affinity(adapter: RequestAdapter, worker: str) -> bytes:

@@ -211,7 +211,8 @@ class ModelWorkers:
             raise PeerLost("no worker has registered yet")
         for role, workers in found.items():
             if not workers:
-                raise BadRequest(lacking(role, adapter), param="lora_path")
+                places = [each.places for each in self.members.values() if each.register.role == role]
+                raise BadRequest(lacking(role, adapter, places), param="lora_path")
         return found
 
     def cut_pairs(self) -> frozenset[Pair]:

@@ -183,10 +183,11 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) 
         return Wait("no decode worker is there", missing="decode")
     if request.adapter is not None:
         adapter = request.adapter
+        places = [each.adapters for each in decodes]
         decodes = [each for each in decodes if each.adapters.take(adapter)]
         prefills = [each for each in prefills if each.adapters.take(adapter)]
         if not decodes:
-            return Wait(lacking("decode", adapter), in_vain=True)
+            return Wait(lacking("decode", adapter, places), in_vain=True)
     must_be_local = rules.local_prefill == "always" or (rules.local_prefill != "never" and not prefills)
     if not must_be_local and not prefills:
         return Wait("no prefill worker is there", missing="prefill")

@@ -46,13 +46,20 @@ def test_an_adapter_is_used_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "unable", [AdapterPlaces(0, 0, frozenset(), frozenset()), AdapterPlaces(4, 7, frozenset(), frozenset())]
+    ("unable", "reason"),
+    [
+        (AdapterPlaces(0, 0, frozenset(), frozenset()), "no decode worker takes adapters; see --max-loras of workers"),
+        (
+            AdapterPlaces(4, 7, frozenset(), frozenset()),
+            "the adapter has rank 8, decode workers take up to 7; see --max-lora-rank of workers",
+        ),
+    ],
 )
-def test_workers_that_cannot_have_it_are_left_out(unable: AdapterPlaces) -> None:
+def test_workers_that_cannot_have_it_are_left_out(unable: AdapterPlaces, reason: str) -> None:
     """Guards against a request that is answered by the model alone, or waits for ever."""
     assert chosen([worker("a", unable), worker("b", places(), requests=20)], request()) == "b/1"
     wait = pick([worker("a", unable)], request(), RULES)
-    assert isinstance(wait, Wait) and wait.in_vain and "--max-lora-rank" in wait.reason
+    assert isinstance(wait, Wait) and wait.in_vain and wait.reason == reason
     pair = [worker("p", unable, "prefill"), worker("b", places())]
     route = pick(pair, request(), RoutingRules("kv-aware", "auto", 16, 0.15))
     assert isinstance(route, Route) and route.prefill is None
