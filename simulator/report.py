@@ -91,8 +91,10 @@ def replay_rows(summary: RunSummary, outcome: SimOutcome, good: float, took_s: f
 def _adapter_rows(outcome: SimOutcome) -> dict[str, Cell]:
     """How many adapters had to be copied into slots and read, and on how many workers of a role one came."""
     work, named = outcome.work, {each.request.adapter for each in outcome.records}
+    legs = len(outcome.records) + outcome.counters.get("routed_disaggregated_total", 0.0)
     found: dict[str, Cell] = {
         "adapters named": len(named),
+        "found in a slot": f"{1 - work['adapter_fills'] / legs:.1%}",
         "adapters copied into slots": work["adapter_fills"],
         "adapters read": work["adapter_loads"],
         "waits for adapters, sum (s)": work["adapter_wait_seconds"],
