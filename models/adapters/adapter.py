@@ -10,8 +10,8 @@ its parts. Where an adapter comes from, and where a device keeps it, it does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -83,6 +83,7 @@ class Adapter:
     lm_head: Parts = ()  # one part, [vocab, hidden]
     whole_embedding: torch.Tensor | None = None  # [vocab, hidden], in place of the model's
     whole_head: torch.Tensor | None = None  # [vocab, hidden], in place of the model's
+    norms: Mapping[int, torch.Tensor] = field(default_factory=dict)  # [hidden], by models.adapters.modules.norm_numbers
 
     @property
     def pairs(self) -> Iterator[LowRank]:
@@ -105,7 +106,7 @@ class Adapter:
     @property
     def wholes(self) -> tuple[torch.Tensor, ...]:
         """What is there in place of weights of the model."""
-        return tuple(each for each in (self.whole_embedding, self.whole_head) if each is not None)
+        return tuple(each for each in (self.whole_embedding, self.whole_head, *self.norms.values()) if each is not None)
 
 
 def adapted_products(config: ModelConfig) -> tuple[dict[str, AdaptedProduct], ...]:

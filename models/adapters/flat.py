@@ -47,6 +47,7 @@ class Directory(msgspec.Struct, frozen=True, array_like=True):
     pairs: tuple[PairPlace, ...]
     whole_embedding: Span | None
     whole_head: Span | None
+    norms: dict[int, Span]
 
 
 class _Layout:
@@ -79,13 +80,14 @@ def flatten(
         for layer, product, part, pair in _places(adapter)
     )
     wholes = layout.maybe(adapter.whole_embedding), layout.maybe(adapter.whole_head)
+    norms = {number: layout.span(norm) for number, norm in adapter.norms.items()}
     memory = allocate(max(1, layout.size_bytes))
     for span, tensor in layout.spans.values():
         placed = _tensor(memory, dtype, span)
         placed.copy_(tensor)
         if not torch.isfinite(placed).all():
             raise AdapterError(f"numbers of the adapter are too large for {dtype}")
-    return memory, Directory(adapter.digest, len(adapter.layers), pairs, *wholes)
+    return memory, Directory(adapter.digest, len(adapter.layers), pairs, *wholes, norms)
 
 
 def view(memory: torch.Tensor, dtype: torch.dtype, directory: Directory) -> Adapter:
@@ -93,20 +95,25 @@ def view(memory: torch.Tensor, dtype: torch.dtype, directory: Directory) -> Adap
     layers: list[dict[str, list[LowRank | None]]] = [{} for _ in range(directory.num_layers)]
     apart: dict[str, LowRank] = {}
     for place in directory.pairs:
-        scale = None if place.row_scale is None else _tensor(memory, dtype, place.row_scale)
-        pair = LowRank(_tensor(memory, dtype, place.a), _tensor(memory, dtype, place.b), scale)
+        a, b = _tensor(memory, dtype, place.a), _tensor(memory, dtype, place.b)
+        pair = LowRank(a, b, _maybe(memory, dtype, place.row_scale))
         if place.product in (EMBEDDING, LM_HEAD):
             apart[place.product] = pair
         else:
             empty: list[LowRank | None] = [None] * NUM_PARTS.get(place.product, 1)
             layers[place.layer].setdefault(place.product, empty)[place.part] = pair
-    wholes = [
-        None if span is None else _tensor(memory, dtype, span)
-        for span in (directory.whole_embedding, directory.whole_head)
-    ]
     head: Parts = (apart[LM_HEAD],) if LM_HEAD in apart else ()
     made = tuple(LayerAdapter(**{product: tuple(parts) for product, parts in layer.items()}) for layer in layers)
-    return Adapter(directory.digest, made, apart.get(EMBEDDING), head, *wholes)
+    norms = {number: _tensor(memory, dtype, span) for number, span in directory.norms.items()}
+    return Adapter(
+        directory.digest,
+        made,
+        apart.get(EMBEDDING),
+        head,
+        whole_embedding=_maybe(memory, dtype, directory.whole_embedding),
+        whole_head=_maybe(memory, dtype, directory.whole_head),
+        norms=norms,
+    )
 
 
 def _places(adapter: Adapter) -> Iterable[tuple[int, str, int, LowRank]]:
@@ -119,6 +126,10 @@ def _places(adapter: Adapter) -> Iterable[tuple[int, str, int, LowRank]]:
         for part, pair in enumerate(parts):
             if pair is not None:
                 yield 0, product, part, pair
+
+
+def _maybe(memory: torch.Tensor, dtype: torch.dtype, span: Span | None) -> torch.Tensor | None:
+    return None if span is None else _tensor(memory, dtype, span)
 
 
 def _tensor(memory: torch.Tensor, dtype: torch.dtype, span: Span) -> torch.Tensor:

@@ -51,6 +51,16 @@ def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
+def norm_numbers(config: ModelConfig) -> dict[str, int]:
+    """By name, in which order a step comes to the norms of the residual, two a layer and the last: those that an
+    adapter may bring. None of families whose weights are offsets from 1, or that norm what is added as well."""
+    if config.unit_offset_norms or config.output_norms:
+        return {}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    names = [f"model.layers.{layer}.{norm}" for layer in range(config.num_layers) for norm in norms]
+    return {name: number for number, name in enumerate([*names, "model.norm"])}
+
+
 def _modules(product: str, shape: AdaptedProduct, merged: bool) -> list[tuple[str, int, AdaptedProduct]]:
     """Name, first part and shape of each module that makes up a product."""
     for name, of in MERGED.items():

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from baton.models.adapters.adapter import AdaptedProduct, Adapter, LayerAdapter, LowRank, Parts
-from baton.models.adapters.modules import EMBEDDING, LM_HEAD, Place, ProductPlace, adapted_modules
+from baton.models.adapters.modules import EMBEDDING, LM_HEAD, Place, ProductPlace, adapted_modules, norm_numbers
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
 from baton.node.errors import AdapterError
@@ -52,14 +52,15 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     tensors, weights_digest = _read_tensors(weights_file(folder))
     places = adapted_modules(config)
     wholes = _take_wholes(tensors, places, base_rows)
+    norms = _take_norms(tensors, config)
     pairs = _pairs(tensors, places)
     if both := sorted(wholes.keys() & pairs.keys()):
         raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
-    if not pairs and not wholes:
+    if not pairs and not wholes and not norms:
         raise AdapterError("the weights hold no pair of lora_A and lora_B")
     assembler = _Assembler(config, adapter_config, places, base_rows)
     adapter = assembler.adapter(pairs, adapter_config.digest(weights_digest))
-    return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD))
+    return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD), norms=norms)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
@@ -109,6 +110,19 @@ def _take_wholes(
     return found
 
 
+def _take_norms(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[int, torch.Tensor]:
+    """The norms that an adapter brings in place of the model's (modules_to_save), taken out of the tensors."""
+    numbers, found = norm_numbers(config), {}
+    for name in sorted(tensors):
+        number = numbers.get(name.removeprefix(PREFIX).removesuffix(".weight"))
+        if number is not None:
+            tensor = _checked(name, tensors.pop(name), 1)
+            if len(tensor) != config.hidden_size or number in found:
+                raise AdapterError(f"tensor {excerpt(name)}: is there twice, or not {[config.hidden_size]}")
+            found[number] = tensor
+    return found
+
+
 def _is_own(tensor: torch.Tensor, name: str, base_rows: BaseRows) -> bool | None:
     """Whether it is the model's weight of that name; None: that is not known."""
     count = min(FIRST_ROWS, len(tensor))
@@ -149,7 +163,7 @@ def _kind(name: str) -> str:
     if "trainable_tokens" in name:
         return "trained rows of the embedding"
     if name.endswith((".weight", ".bias")):
-        return "a whole weight (modules_to_save) of neither the embedding nor the head"
+        return "a whole weight (modules_to_save) of neither the embedding, the head nor a norm that can be replaced"
     return "no part of a low-rank adapter"
 
 

@@ -2,14 +2,14 @@
 
     y[rows, outputs] = row_scale * y[rows, outputs] + (x[rows] a^T) b^T
 
-An adapter may bring an embedding and a head of its own, which are read in place of the model's.
+An adapter may bring an embedding, norms and a head of its own, which are read in place of the model's.
 
 Rows without an adapter are computed as in a step without adapters, bit for bit: the product itself is of all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from baton import kernels
 from baton.models.adapters.adapter import Adapter, LowRank, Parts, layer_products
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
@@ -54,6 +55,7 @@ class CpuAdapter:
     lm_head: tuple[PlacedPair, ...]
     whole_embedding: torch.Tensor | None  # [vocab, hidden]
     whole_head: torch.Tensor | None  # [vocab, hidden]
+    norms: Mapping[int, torch.Tensor]  # [hidden]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +82,16 @@ class RowAdapters:
         for adapter, rows in self.groups:
             for pair in adapter.layers[layer].get(product, ()):
                 pair.add(rows, x, y)
+        return y
+
+    def norm(
+        self, number: int, x: torch.Tensor, y: torch.Tensor, eps: float, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y, the norm of x [N, hidden], with what adapters have in place of norm `number`. kept: x is of these rows."""
+        for adapter, rows in self.groups:
+            if (weight := adapter.norms.get(number)) is not None:
+                own = rows if kept is None else torch.isin(kept, rows).nonzero().flatten()
+                y[own] = kernels.rms_norm(x[own], weight, eps)
         return y
 
     def add_head(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -155,7 +167,8 @@ class CpuAdapterSlots:
             for layer, shapes in zip(share.layers, self._products, strict=True)
         )
         head = _placed(share.lm_head, (self._config.vocab_size,))
-        self._slots[filled.slot] = CpuAdapter(layers, share.embedding, head, share.whole_embedding, share.whole_head)
+        wholes = share.whole_embedding, share.whole_head, share.norms
+        self._slots[filled.slot] = CpuAdapter(layers, share.embedding, head, *wholes)
 
     def rows(self, slots: np.ndarray) -> RowAdapters:
         """Of rows with these slots, NO_SLOT for none."""

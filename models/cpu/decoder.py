@@ -113,10 +113,10 @@ class _StepOps:
         self._tap = tap
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
         self._residual, self._peers, self._adapters = residual, peers, adapters
-        self._is_last, self._layer = is_last, 0
+        self._is_last, self._layer, self._num_norms = is_last, 0, 0
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
-        return kernels.rms_norm(self._residual, weight, self._eps)
+        return self._adapted(kernels.rms_norm(self._residual, weight, self._eps))
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         shape, weights, self._layer = layer.shape.attention, layer.attention, index
@@ -149,11 +149,20 @@ class _StepOps:
         return self._add_and_norm(added, output_norm, weight)
 
     def _add_and_norm(
-        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor
+        self,
+        added: torch.Tensor,
+        output_norm: torch.Tensor | None,
+        weight: torch.Tensor,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         added = self._output_normed(added, output_norm)
         normed, self._residual = kernels.add_rms_norm(added, self._residual, weight, self._eps)
-        return normed
+        return self._adapted(normed, kept)
+
+    def _adapted(self, normed: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """The next norm of the step, with what adapters have in its place; kept: the tokens that are left."""
+        number, self._num_norms = self._num_norms, self._num_norms + 1
+        return self._adapters.norm(number, self._residual, normed, self._eps, kept)
 
     def _output_normed(self, added: torch.Tensor, output_norm: torch.Tensor | None) -> torch.Tensor:
         return added if output_norm is None else kernels.rms_norm(added, output_norm, self._eps)
@@ -164,7 +173,7 @@ class _StepOps:
         kept = self._step.kept_tokens
         if kept is not None:
             added, self._residual = added[kept], self._residual[kept]
-        return self._add_and_norm(added, output_norm, weight)
+        return self._add_and_norm(added, output_norm, weight, kept)
 
     def _project(
         self, shape: GroupedAttention, weights: AttentionWeights, x: torch.Tensor

@@ -102,7 +102,7 @@ class BankSlots:
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
         if adapter.embedding is not None or adapter.lm_head or adapter.wholes:
-            raise AdapterError("adapts the embedding or the head, which only a CPU computes with adapters")
+            raise AdapterError("adapts the embedding, the head or norms, which only a CPU computes with adapters")
         if any(pair.row_scale is not None for pair in adapter.pairs):
             raise AdapterError("has magnitudes (DoRA), which only a CPU computes with")
         if adapter.rank > self.max_rank:

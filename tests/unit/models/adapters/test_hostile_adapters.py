@@ -52,8 +52,12 @@ TENSORS = {
     ),
     "merged module of another family": ({A.replace("q_proj", "qkv_proj"): torch.ones(8, HIDDEN)}, "qkv_proj"),
     "whole norm": (
-        pair(**{"base_model.model.model.norm.weight": torch.ones(HIDDEN)}),
-        r"model.norm.weight: is a whole weight \(modules_to_save\) of neither",
+        pair(**{"base_model.model.model.norm.weight": torch.ones(HIDDEN + 1)}),
+        r"model.norm.weight: is there twice, or not \[256\]",
+    ),
+    "whole product": (
+        pair(**{"base_model.model.model.layers.0.mlp.down_proj.weight": torch.ones(HIDDEN, 768)}),
+        r"down_proj.weight: is a whole weight \(modules_to_save\) of neither",
     ),
     "resized vocabulary": (
         pair(**{"base_model.model.lm_head.weight": torch.ones(CONFIG.vocab_size + 2, HIDDEN)}),

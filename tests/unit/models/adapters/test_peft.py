@@ -43,6 +43,11 @@ ADAPTERS = {
         {},
         {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
     ),
+    "own norms, embedding": (
+        "qwen2",
+        {},
+        {"target_modules": ATTENTION, "modules_to_save": ["input_layernorm", "norm", "embed_tokens"]},
+    ),
     "own head of a tied model, behind a softcap": (
         "gemma2",
         {"tie_word_embeddings": True},
@@ -182,6 +187,7 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("rsLoRA, biased", 2),
         ("embedding and head", 2),
         ("own embedding and head", 2),
+        ("own norms, embedding", 2),
         ("merged projections", 2),
         ("magnitudes (DoRA)", 2),
         ("attention beside experts", 2),

@@ -103,6 +103,8 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
     with pytest.raises(AdapterError, match="head"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
+    with pytest.raises(AdapterError, match="norms"):
+        prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
         prepare(random_adapter(config, [48], 1))
     broken = random_adapter(config, [4], 1)
