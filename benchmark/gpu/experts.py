@@ -1,17 +1,20 @@
 """Times the kernels of experts on the GPU at hand: routing, products of few rows and of prompts, and their sum.
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `few` (bytes of the experts that were chosen, a
-second; routing and a whole block as a decode step launches them), `prompts` (operations a second), `tune` (tiles for
-few rows). Weights are random and the tokens' choices too, evenly and with a few experts that most tokens choose
-(`--skew`). A time is the median of replays of a CUDA graph of several calls, each with choices of its own, so that
-they are together larger than the L2 cache.
+second; routing and a whole block as a decode step launches them), `one_token` (one token and experts of FP8: in codes
+by the kernel of few rows, and by that of one, in turns, with tiles of the latter), `prompts` (operations a second),
+`tune` (tiles for few rows).
+
+Weights are random and the tokens' choices too, evenly and with a few experts that most tokens choose (`--skew`). A
+time is the median of replays of a CUDA graph of several calls, each with choices of its own, so that they are together
+larger than the L2 cache.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -28,6 +31,7 @@ from baton.kernels.triton import experts_policy, norm, route
 from baton.kernels.triton.compiling import compile_all, launched_by, missing
 from baton.kernels.triton.experts import experts
 from baton.kernels.triton.experts_8bit import experts_8bit
+from baton.kernels.triton.experts_8bit_row import experts_8bit_row
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows, quantise
 from baton.kernels.triton.route import Routes
@@ -132,6 +136,16 @@ class ExpertsBench:
             for of in routes
         ]
 
+    def calls_8bit_row(
+        self, tiles: Tiles, fused: bool, blocked: bool, routes: Sequence[Routes], codes: torch.Tensor
+    ) -> list[Call]:
+        """Of one token."""
+        (e, outputs, k), n = codes.shape, self.product(fused).outputs
+        scales = torch.rand(*((e * outputs // 128, k // 128) if blocked else (e * outputs,)), device=GPU) / 448
+        x, out = randn(1 if fused else len(routes[0].tokens), k), randn(len(routes[0].tokens), n)
+        options = {"fused": fused, "gathered": fused, "pdl": True}
+        return [partial(experts_8bit_row, x, codes, scales, of, tiles, out, **options) for of in routes]
+
 
 def few(bench: ExpertsBench) -> None:
     e = bench.shape.routing.num_experts
@@ -211,6 +225,58 @@ def _few_8bit(bench: ExpertsBench) -> None:
         x = randn(tokens, bench.shape.hidden)
         out = CodedRows(torch.zeros(tokens, bench.shape.hidden, dtype=FP8, device=GPU), torch.zeros(tokens, device=GPU))
         bench.line(kernel="quantise", tokens=tokens, us=seconds([partial(quantise, x, out, pdl=True)] * CALLS) * 1e6)
+
+
+def one_token(bench: ExpertsBench) -> None:
+    codes = {True: bench.weights.gate_up.to(FP8), False: bench.weights.down.to(FP8)}
+    for blocked in (False, True):
+        found, named = {}, {"format": "fp8_block" if blocked else "fp8_row", "tokens": 1}
+        routes = bench.routes(1, 1)
+        size = bench.chosen(routes) * (codes[True][0].nbytes + codes[False][0].nbytes)
+        for fused in (True, False):
+            timed, shape = [], bench.product(fused)
+            if (by_policy := experts_policy.row_tiles_8bit(shape)) is None:
+                return
+            for tiles in dict.fromkeys((by_policy, *_row_candidates_8bit(shape))):
+                timed.append((seconds(bench.calls_8bit_row(tiles, fused, blocked, routes, codes[fused])), tiles))
+                fields = [tiles.tile_n, tiles.tile_k, tiles.stages, tiles.warps, tiles.prefetch]
+                named_kernel = {"kernel": "gate_up" if fused else "down", "by": "one_row", "tiles": fields}
+                bench.line(**named_kernel, **named, us=timed[-1][0] * 1e6, policy=tiles == by_policy)
+            best = min(timed, key=lambda each: each[0])[1]
+            found[fused] = {"one_row": by_policy, "one_row_best": best}
+        for _ in range(3):
+            times = {"few_rows": _in_codes(bench, blocked, codes)}
+            for by in ("one_row", "one_row_best"):
+                each = [bench.calls_8bit_row(found[f][by], f, blocked, routes, codes[f]) for f in (True, False)]
+                times[by] = _together(each)
+            for by, took in times.items():
+                bench.line(kernel="both", by=by, **named, us=took * 1e6, tb_s=size / took / 1e12)
+
+
+def _in_codes(bench: ExpertsBench, blocked: bool, codes: Mapping[bool, torch.Tensor]) -> float:
+    """Of one token, by the kernel of few rows, and putting it into codes before."""
+    routes, hidden = bench.routes(1, experts_policy.ROW_TILES[0]), bench.shape.hidden
+    x = CodedRows(torch.zeros(1, hidden, dtype=FP8, device=GPU), torch.zeros(1, device=GPU))
+    kinds: list[Sequence[Call]] = [[partial(quantise, randn(1, hidden), x, pdl=True)] * CALLS]
+    for fused, of in codes.items():
+        tiles = experts_policy.rows_tiles_8bit(bench.product(fused), routes[0].tile_m, routes[0].most_tiles)
+        assert tiles is not None, "the shapes here have tiles"
+        kinds.append(bench.calls_8bit(1, tiles, fused, blocked, routes, of))
+    return _together(kinds)
+
+
+def _together(kinds: Sequence[Sequence[Call]]) -> float:
+    """Seconds of a call of each kind, which follow one another."""
+    return seconds([call for turn in zip(*kinds, strict=True) for call in turn]) * len(kinds)
+
+
+def _row_candidates_8bit(shape: ProductShape) -> list[Tiles]:
+    return [
+        Tiles(size // tile_k, tile_k, 0, 4, 1, 4, prefetch)
+        for size, tile_k in product((2048, 4096, 8192), (256, 512, 1024))
+        for prefetch in ((0,) if shape.fused else (0, 512))
+        if shape.inputs % tile_k == 0 and shape.outputs % (size // tile_k) == 0 and prefetch <= shape.inputs
+    ]
 
 
 def prompts(bench: ExpertsBench) -> None:
@@ -314,7 +380,7 @@ def _candidates(shape: ProductShape, tile_m: int) -> list[Tiles]:
     return [tiles for tiles in found if n % tiles.tile_n == 0 and k % tiles.tile_k == 0]
 
 
-PARTS: dict[str, Callable[[ExpertsBench], None]] = {part.__name__: part for part in (few, prompts, tune)}
+PARTS: dict[str, Callable[[ExpertsBench], None]] = {part.__name__: part for part in (few, one_token, prompts, tune)}
 
 
 def main(argv: Sequence[str]) -> int:

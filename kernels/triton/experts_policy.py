@@ -21,6 +21,9 @@ LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
 """Outputs, and inputs, that share a scale where weights have 8 bits, and values of a run of codes."""
+ONE_TOKEN_STREAMS = False
+"""Whether one token takes experts_8bit_row with experts in 8 bits, or as several do experts_8bit, in codes. The former
+is new: `scripts/bench experts FILE one_token` is to say, on an H200, whether it is ahead."""
 FEW_TOKENS = 256
 """Up to so many, parts of a router's product gain more than they cost the kernel that sums them."""
 ROUTER_SPLITS = (8, 4, 2, 1)
@@ -72,6 +75,16 @@ def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles |
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
     stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
     return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if tile_n == WIDE and tile_m > 32 else 4, prefetch=BLOCK)
+
+
+def row_tiles_8bit(shape: ProductShape) -> Tiles | None:
+    """Tiles of W of 8 bits for one token; None: no tiles divide the shape. Of 4 KiB, three on their way: all programs
+    of Qwen3-30B-A3B's experts fit an H200 at once, six or eight a multiprocessor, so 70 to 140 KiB are."""
+    n, k = shape.outputs, shape.inputs
+    if n % BLOCK or k % BLOCK:
+        return None
+    tile_k = next(size for size in (512, 256, 128) if k % size == 0)
+    return Tiles(4096 // tile_k, tile_k, 0, 4, 1, 4, prefetch=0 if shape.fused else tile_k)
 
 
 def row_tiles(shape: ProductShape) -> Tiles | None:

@@ -1,7 +1,7 @@
 """Products of experts with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes.
 
 Tokens are put into codes once, with scales as the weight has them, of rows or of runs of 128 values; what gate and up
-make always has scales of runs, which the product itself can tell.
+make always has scales of runs, which the product itself can tell. One token may be multiplied as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from baton.kernels import ExpertLinears, ScaledLinear
 from baton.kernels.triton import experts_policy
 from baton.kernels.triton.experts_8bit import experts_8bit
+from baton.kernels.triton.experts_8bit_row import experts_8bit_row
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows, quantise
 from baton.kernels.triton.route import Routes
@@ -35,6 +36,8 @@ class ScaledExperts:
         hidden, width = sizes.hidden, sizes.width
         self._shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
         self._tiles(experts_policy.ROW_TILES[0], 1)
+        one = [tiles for tiles in map(experts_policy.row_tiles_8bit, self._shapes) if tiles is not None]
+        self._of_one_token = one if experts_policy.ONE_TOKEN_STREAMS else None
         code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
         room, padded = sizes.room(max_tokens, self.tile_rows), -(-max_tokens // PADDING) * PADDING
@@ -47,9 +50,12 @@ class ScaledExperts:
         self._gated_codes = codes(room.rows, width)
         self._gated_scales = torch.zeros(room.rows * (width // RUN), device=device)
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
+        self._gated = torch.empty(sizes.routing.top_k if self._of_one_token else 0, width, dtype=dtype, device=device)
 
     def tile_rows(self, num_tokens: int) -> int:
         """Of the tiles in which so many tokens are multiplied."""
+        if num_tokens == 1 and self._of_one_token:
+            return 1
         return experts_policy.tile_rows(num_tokens, self._sizes.routing.num_experts, self._sizes.routing.top_k)
 
     def __call__(
@@ -57,16 +63,22 @@ class ScaledExperts:
     ) -> torch.Tensor:
         """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
         count, width = routes.most_tiles * routes.tile_m, self._sizes.width
-        wide, narrow = self._tiles(routes.tile_m, routes.most_tiles)
         first, second = _scaled(gate_up), _scaled(down)
+        of_gate_up = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
+        of_down = second.codes.view(down.num_experts, down.num_outputs, -1)
+        if routes.tile_m == 1 and self._of_one_token:
+            wide, narrow = self._of_one_token
+            plain, rows = self._gated[:count], self._rows[:count]
+            experts_8bit_row(x, of_gate_up, first.scales, routes, wide, plain, fused=True, gathered=True, pdl=pdl)
+            experts_8bit_row(plain, of_down, second.scales, routes, narrow, rows, pdl=pdl)
+            return rows
+        wide, narrow = self._tiles(routes.tile_m, routes.most_tiles)
         coded = self._coded(x)
         quantise(x, coded, pdl=pdl)
         scales = self._gated_scales[: count * (width // RUN)].view(-1, count)
         gated, rows = CodedRows(self._gated_codes[:count], scales), self._rows[:count]
-        codes = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
-        experts_8bit(coded, codes, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
-        codes = second.codes.view(down.num_experts, down.num_outputs, -1)
-        experts_8bit(gated, codes, second.scales, routes, narrow, rows, pdl=pdl)
+        experts_8bit(coded, of_gate_up, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
+        experts_8bit(gated, of_down, second.scales, routes, narrow, rows, pdl=pdl)
         return rows
 
     def _tiles(self, tile_m: int, num_tiles: int) -> tuple[Tiles, Tiles]:

@@ -496,6 +496,22 @@ def experts_8bit(tile_m: int, blocked: bool) -> None:
         module.experts_8bit(x, codes, of_codes, made, tiles, out, fused=fused, gathered=fused, pdl=True)
 
 
+def experts_8bit_row(blocked: bool) -> None:
+    """Of Qwen3-30B-A3B, in FP8 and INT8."""
+    from baton.kernels.triton import experts_8bit_row as module
+    from baton.kernels.triton import experts_policy
+    from baton.kernels.triton.linear_policy import ProductShape
+
+    made = routes(1, 128, 8, 1)
+    for code_type in (torch.float8_e4m3fn, torch.int8):
+        for n, k, fused in ((768, 2048, True), (2048, 768, False)):
+            tiles, wide = experts_policy.row_tiles_8bit(ProductShape(n, k, fused)), 2 * n if fused else n
+            scales = empty(*((wide, k // 128) if blocked else (128 * wide,)), dtype=torch.float32)
+            codes, x = empty(128, wide, k, dtype=code_type), empty(1 if fused else 8, k)
+            given = {"fused": fused, "gathered": fused, "pdl": True}
+            module.experts_8bit_row(x, codes, scales, made, tiles, empty(8, n), **given)
+
+
 def experts_gluon() -> None:
     from baton.kernels.triton import experts_gluon as module
     from baton.kernels.triton.spread import spread
@@ -694,6 +710,8 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_row": lambda: experts(0),
     "experts_16": lambda: experts(16),
     "experts_8bit_16_block": lambda: experts_8bit(16, True),
+    "experts_8bit_row": lambda: experts_8bit_row(False),
+    "experts_8bit_row_block": lambda: experts_8bit_row(True),
     "experts_gluon": experts_gluon,
     "norm_of_experts": norm_of_experts,
     "gpt_oss_row": lambda: gpt_oss(0),

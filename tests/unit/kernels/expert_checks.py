@@ -11,6 +11,7 @@ from baton.kernels.routing import route as choose_plainly
 from baton.kernels.triton import norm, route
 from baton.kernels.triton.experts import experts
 from baton.kernels.triton.experts_8bit import experts_8bit
+from baton.kernels.triton.experts_8bit_row import experts_8bit_row
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows
 from baton.kernels.triton.route import Routes
@@ -207,6 +208,35 @@ def check_experts_8bit(
     else:
         found, bound = out[positions], max(2 * error(exact.to(out.dtype), exact), tolerance)
     assert error(found.cpu(), exact) <= bound, f"error {error(found.cpu(), exact):.2e}, allowed {bound:.2e}"
+
+
+def check_experts_8bit_row(
+    device: str,
+    code_type: torch.dtype,
+    dtype: torch.dtype,
+    routing: Routing,
+    n: int,
+    k: int,
+    tiles: Tiles,
+    *,
+    blocked: bool,
+    fused: bool,
+    pdl: bool = False,
+) -> None:
+    """Of one token, plain: the rows of the experts that it chose. fused: gathered too."""
+    e, wide = routing.num_experts, 2 * n if fused else n
+    logits = some_logits(1, e, False)
+    ids, _ = choose_plainly(logits, None, routing)
+    routes = routes_of(logits, routing, 1, device)
+    codes, scales, weight = quantised(
+        randn((e * wide, k), torch.float32, "cpu", 1) / k**0.5, code_type, *((128, 128) if blocked else (1, k))
+    )
+    codes, scales = codes.view(e, wide, k).to(device), (scales if blocked else scales[:, 0]).contiguous().to(device)
+    x, out = randn((1, k), dtype, device, 2), poison((len(routes.tokens), n), dtype, device)
+    given = x if fused else x.repeat(len(routes.tokens), 1)
+    experts_8bit_row(given, codes, scales, routes, tiles, out, fused=fused, gathered=fused, pdl=pdl)
+    exact = _products(x.double(), weight.view(e, wide, k).to(device), ids.to(device), fused)
+    assert error(out[routes.positions.long()], exact) <= max(2 * error(exact.to(dtype), exact), 1e-6)
 
 
 def check_routed_norm(device: str, dtype: torch.dtype, rows: int, width: int, shared: int, gated: bool) -> None:

@@ -201,6 +201,16 @@ def test_products_of_experts_use_warpgroup_instructions_and_fit(kernels):
         assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
+def test_experts_of_8_bits_and_one_token_fit_at_once(kernels):
+    """Guards against bytes that take a register each, and programs that take turns: there are 768 and 1024 of them, on
+    132 multiprocessors."""
+    for case in ("experts_8bit_row", "experts_8bit_row_block"):
+        for number, kernel in enumerate(kernels[case]):
+            programs = -(-(768 if number % 2 == 0 else 1024) // 132)
+            assert programs * kernel["registers"] * 128 <= 65536, (case, kernel)
+            assert programs * (kernel["shared_bytes"] + 1024) <= 227 * 1024 and not kernel["mma"], (case, kernel)
+
+
 def test_kernels_of_gpt_oss_and_olmoe_fit(kernels):
     """Guards against biases, a bounded gate or sinks that cost a kernel its registers."""
     for case in ("gpt_oss_row", "gpt_oss_16", "sinks_decode", "sinks_prefill", "whole_norms"):

@@ -70,6 +70,14 @@ def test_experts_of_8_bits(device, code_type, blocked, fused):
     checks.check_experts_8bit(device, code_type, 20, FEW, 128, 256, tiles, blocked=blocked, fused=fused, skewed=True)
 
 
+@pytest.mark.parametrize(("code_type", "blocked"), [(FP8, False), (FP8, True), (INT8, False)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_of_8_bits_and_one_token(device, code_type, blocked, fused):
+    """Guards against the scale of another expert or block, and of gate for up."""
+    given = {"blocked": blocked, "fused": fused}
+    checks.check_experts_8bit_row(device, code_type, torch.float32, FEW, 256, 384, Tiles(32, 128, 0, 3, 1), **given)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_narrow_runs_of_codes(device, fused):
     """Guards against a scale of W that changes with the runs of x."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels import ExpertLinears, Routing, ScaledLinear
+from baton.kernels.triton import experts_policy
+from baton.models.cuda.products.experts_scaled import ScaledExperts
+from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.node.errors import SettingsError
+from baton.tests.unit.kernels.expert_checks import routes_of, some_logits
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, make
 
@@ -67,3 +73,28 @@ def test_experts_without_kernels_are_refused_by_name(make_model):
     folder = make_model("qwen3_moe", num_hidden_layers=1, **EXPERTS | {"moe_intermediate_size": 24}).folder
     with pytest.raises(SettingsError, match="width 24"):
         make(folder)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_one_token_takes_experts_of_8_bits_in_codes_or_plain(monkeypatch, streams):
+    """Guards against tiles of another number of rows than the kernel's, and rows of the token before."""
+    monkeypatch.setattr(experts_policy, "ONE_TOKEN_STREAMS", streams)
+    routing, size = Routing(4, 2), 128
+    products = ScaledExperts(ExpertsSizes(routing, range(4), size, size), "fp8_row", 3, torch.float32, "cpu")
+    assert (products.tile_rows(1) == 1) == streams and products.tile_rows(2) > 1
+    gate_up, down = random_experts(4, 2 * size, size), random_experts(4, size, size)
+    for seed in (1, 2):
+        routes = routes_of(some_logits(1, 4, False, seed), routing, products.tile_rows(1), "cpu")
+        x = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+        rows = products(gate_up, down, x, routes, pdl=False)
+        for position in routes.positions[0].tolist():
+            expert = int(routes.experts[position // routes.tile_m])
+            gate, up = gate_up.expert(expert)(x).chunk(2, 1)
+            exact = down.expert(expert)(torch.nn.functional.silu(gate) * up)[0]
+            assert (rows[position] - exact).norm() / exact.norm() < (1e-5 if streams else 0.06)
+
+
+def random_experts(count: int, outputs: int, inputs: int) -> ExpertLinears:
+    """FP8 with scales of outputs."""
+    codes = torch.randn(count * outputs, inputs).mul(40).to(torch.float8_e4m3fn)
+    return ExpertLinears(ScaledLinear(codes, torch.rand(count * outputs) / 500, 1, inputs), count)
