@@ -104,6 +104,7 @@ def _gluon_product(device: str) -> Int4Product | None:
     def product(
         x: torch.Tensor, weight: GroupedLinear, tiles: Tiles, out: torch.Tensor, *, fused: bool, pdl: bool
     ) -> None:
-        linear_int4_gluon.linear_int4_gluon(x, weight, tiles, num_sms, out, fused=fused, pdl=pdl)
+        fewer = int4_policy.FEWER_SHIFTS
+        linear_int4_gluon.linear_int4_gluon(x, weight, tiles, num_sms, out, fused=fused, fewer_shifts=fewer, pdl=pdl)
 
     return product

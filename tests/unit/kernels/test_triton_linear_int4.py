@@ -1,5 +1,7 @@
 """Products with weights of 4 bits, and how these are packed."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.linear.grouped import block_size, pack_codes, unpack_codes
 from baton.kernels.triton.gather import gather_columns
+from baton.kernels.triton.linear_int4 import quarters, unpacking
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import int4_checks as checks
 
@@ -47,6 +50,29 @@ def test_products(device, group, with_zeros, rows, fused, biased, splits):
     """Guards against codes of another place, scales of another group, and zeros of 16."""
     weight = checks.make_int4(128, 512, group, device, with_zeros)
     checks.check_linear_int4(weight, rows, Tiles(64, 0, 16, 3, splits), fused, biased)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_instructions_that_unpack_give_codes_less_zeros(place):
+    """Guards against a mask, shift or factor of another place. What a GPU does with them is computed here."""
+    codes, zeros = torch.meshgrid(torch.arange(16), torch.arange(17), indexing="ij")
+    words = codes << 4 * place | (0x5A5A & ~(15 << 4 * place))
+    assert torch.equal(_computed(unpacking(place), words, -(128.0 + zeros)), (codes - zeros).float())
+    quarter = -zeros / 4 if place % 2 else -(32 + zeros / 4)
+    assert torch.equal(_computed(quarters(place), words, quarter), (codes - zeros) / 4)
+
+
+def _computed(asm: str, words: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """(bfloat16(words >> shift & mask | exponent) * factor + added); words hold 16 bits."""
+    shift = int(found[1]) if (found := re.search(r"shr.u32 t, \$1, (\d+)", asm)) else 0
+    mask, exponent = (int(each, 16) & 0xFFFF for each in re.search(r" t, t, (\w+)(?:, (\w+), 0xea)?;", asm).groups("0"))
+    factor = int(re.search(r"mov.b32 \w+, (0x\w+)", asm)[1], 16) & 0xFFFF
+
+    def number(bits: torch.Tensor) -> torch.Tensor:
+        return bits.to(torch.int16).view(torch.bfloat16).float()
+
+    assert torch.equal(added.bfloat16().float(), added.float()), "what is added has no bfloat16"
+    return number(words >> shift & mask | exponent) * number(torch.tensor([factor])) + added
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
