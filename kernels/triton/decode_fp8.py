@@ -1,14 +1,15 @@
 """Decode attention over 8-bit floats at the speed of their bytes: the fast path of decode_attention.
 
-A row of head_dim bytes is read as words of four, and the products go over byte 0, 1, 2 and 3 of all words in turn:
+A row of head_dim bytes is read as words of four, and a product goes over all of them in four turns, j = 0 .. 3:
 
-    scores = sum_j query[4 c + j] . key[4 c + j],  out[4 c + j] = sum_t weights[t] value[t, 4 c + j],  j = 0 .. 3
+    scores = sum_j sum_c query[d(c, j)] . key[d(c, j)],  d(c, j) = 4 (c - c % 2) + 2 j + c % 2
+    out[4 c + j] = sum_t weights[t] value[t, 4 c + j]
 
-because the matrix instruction wants two tokens' values in one register, and bytes of two words come there by one
-instruction, which single bytes of shared memory would need many for. Stored numbers become float16, which holds all of
-them exactly, as do a query and the weights: a query is divided by a power of two, so that its largest element is
-between 1 and 2, and weights are multiplied by the value's scale and by 64: values of 2**-13 to 2**18 leave them ten
-bits or more.
+because of how a matrix instruction wants its operands. Two elements of a key share a register, and those of half a word
+come there by one instruction; for values it is two tokens' elements, and bytes of two words come there by two. Single
+bytes of shared memory would need many. Stored numbers become float16, which holds all of them exactly, as do a query
+and the weights: a query is divided by a power of two, so that its largest element is between 1 and 2, and weights are
+multiplied by the value's scale and by 64: values of 2**-13 to 2**18 leave them ten bits or more.
 
 Formula, chunks and merged parts: see decode_attention. Blocks of 64 tokens and more, head_dim a power of two.
 """
@@ -25,6 +26,7 @@ from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWI
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
 
 WEIGHT_UNIT = tl.constexpr(64.0)
+SMALLEST_UNIT = tl.constexpr(1e-37)
 MOST = tl.constexpr(65000.0)
 """What a weight may be multiplied by: float16 ends a little above."""
 _CONVERT = """
@@ -39,6 +41,19 @@ _CONVERT = """
 BYTE_0, BYTE_1, BYTE_2, BYTE_3 = (tl.constexpr(_CONVERT.format(selected=(4 + j) << 4 | j)) for j in range(4))
 """Byte j of two words as float16. An operation each: Triton reads words where the product wants them only before
 operations with one result."""
+_CONVERT_HALF = """
+    {{
+        .reg .b16 half, other;
+        mov.b32 {{{halves}}}, {word};
+        cvt.rn.f16x2.e4m3x2 $0, half;
+    }}
+    """
+HALF_0, HALF_1, HALF_2, HALF_3 = (
+    tl.constexpr(_CONVERT_HALF.format(halves="other, half" if j % 2 else "half, other", word=f"${1 + j // 2}"))
+    for j in range(4)
+)
+"""Half j of two words, which is two bytes of one of them. That an operation gets neighbouring words at a time is up to
+the compiler; what it makes of them for Hopper is asserted in tests/unit/kernels/test_triton_compiles.py."""
 
 
 @triton.jit
@@ -48,6 +63,29 @@ def _byte(words, number: tl.constexpr, asm: tl.constexpr, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(asm, "=r,r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
         return ((words >> (8 * number)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _half(words, number: tl.constexpr, asm: tl.constexpr, ASM: tl.constexpr):
+    """Half `number` of each pair of neighbouring words, its two 8-bit floats in the places of both, as float16."""
+    if ASM:
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        first, second = tl.split(tl.reshape(words, [words.shape[0], words.shape[1] // 2, 2]))
+        bits = (second if number // 2 else first) >> (16 * (number % 2))
+        bytes_ = tl.reshape(tl.join(bits & 0xFF, (bits >> 8) & 0xFF), [words.shape[0], words.shape[1]])
+        return bytes_.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _halves(words, ASM: tl.constexpr):
+    """What keys are multiplied as: element d(c, j) of each, see above."""
+    return (
+        _half(words, 0, HALF_0, ASM),
+        _half(words, 1, HALF_1, ASM),
+        _half(words, 2, HALF_2, ASM),
+        _half(words, 3, HALF_3, ASM),
+    )
 
 
 @triton.jit
@@ -130,11 +168,12 @@ def decode_fp8_attention_kernel(
         heads_at = (own_row * HEADS + kv_head * GROUP + each % GROUP) * DIM
         computes = each < queries * GROUP
         inside = computes[:, None] & (element < DIM)[None, :]
-        query_at = query_ptr + heads_at[:, None] + element[None, :]
+        word = tl.arange(0, WORDS)
+        query_at = query_ptr + heads_at[:, None] + (word // 2 * 8 + word % 2)[None, :]
         query_0 = tl.load(query_at, mask=inside, other=0.0).to(tl.float32)
-        query_1 = tl.load(query_at + 1, mask=inside, other=0.0).to(tl.float32)
-        query_2 = tl.load(query_at + 2, mask=inside, other=0.0).to(tl.float32)
-        query_3 = tl.load(query_at + 3, mask=inside, other=0.0).to(tl.float32)
+        query_1 = tl.load(query_at + 2, mask=inside, other=0.0).to(tl.float32)
+        query_2 = tl.load(query_at + 4, mask=inside, other=0.0).to(tl.float32)
+        query_3 = tl.load(query_at + 6, mask=inside, other=0.0).to(tl.float32)
         largest = tl.maximum(tl.maximum(tl.abs(query_0), tl.abs(query_1)), tl.maximum(tl.abs(query_2), tl.abs(query_3)))
         largest = tl.maximum(tl.max(largest, 1), 1e-30)
         unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # without its mantissa
@@ -145,6 +184,7 @@ def decode_fp8_attention_kernel(
         score_units = unit * scale_log2
         if SCALES == STATIC_SCALES:
             score_units *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
+        score_units = tl.maximum(score_units, SMALLEST_UNIT)  # -inf times 0 is no score
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS, TILE], tl.float32)  # summed at the end: warps would wait for each other in each tile
         sums_0 = tl.zeros([ROWS, WORDS], tl.float32)
@@ -167,17 +207,17 @@ def decode_fp8_attention_kernel(
                 scales_at = scale_ptr + scales + tl.arange(0, TILE)
                 key_scales = tl.load(scales_at)
                 value_scales = tl.load(scales_at + BLOCK_TOKENS)
-            key_0, key_1, key_2, key_3 = _numbers(key_words, ASM)
+            key_0, key_1, key_2, key_3 = _halves(key_words, ASM)
             scores = tl.dot(query_0, key_0.T)
             scores = tl.dot(query_1, key_1.T, scores)
             scores = tl.dot(query_2, key_2.T, scores)
-            scores = tl.dot(query_3, key_3.T, scores) * score_units[:, None]
+            scores = tl.dot(query_3, key_3.T, scores)
             if SCALES == TOKEN_SCALES:
                 scores *= key_scales[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
+            new_top = tl.maximum(top, tl.max(scores, 1) * score_units)
             bound = tl.where(new_top > float("-inf"), new_top, 0.0)  # a query may see none of a tile that others do
-            weights = tl.exp2(scores - bound[:, None])
+            weights = tl.exp2(scores * score_units[:, None] - bound[:, None])
             shrink = tl.exp2(top - bound)
             total = total * shrink[:, None] + weights
             if SCALES == TOKEN_SCALES:

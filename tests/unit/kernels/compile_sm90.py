@@ -69,6 +69,7 @@ def inspect(case: str, kernel) -> dict[str, str | int | bool]:
         "mma": "mma.sync" in kernel.asm["ptx"],
         "tma": "cp.async.bulk.tensor" in kernel.asm["ptx"],
         "awaited_twice": awaited_twice(kernel.asm["ttgir"]),
+        "halves": halves_in_place(kernel.asm["ptx"]),
     }
 
 
@@ -87,6 +88,16 @@ def awaited_twice(ttgir: str) -> list[str]:
         for shape, name in loads
         if any(size < threads for size, threads in zip(map(int, shape.split("x")), layouts[name], strict=True))
     ]
+
+
+def halves_in_place(ptx: str) -> bool:
+    """Whether decode_fp8 takes halves 0 and 1 of keys from the first of two neighbouring words, 2 and 3 from the
+    second: that an operation is given neighbours at a time is up to the compiler."""
+    pairs = re.findall(r"ld.shared.v2.b32\s+{(%r\d+), (%r\d+)}", ptx)
+    taken = re.findall(r"mov.b32 {(?:half, other|other, half)}, (%r\d+);", ptx)
+    quarter = len(taken) // 4
+    firsts, seconds = ({pair[number] for pair in pairs} for number in (0, 1))
+    return quarter > 0 and set(taken[: 2 * quarter]) <= firsts and set(taken[2 * quarter :]) <= seconds
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

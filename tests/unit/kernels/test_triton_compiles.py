@@ -242,11 +242,13 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
 
 
 def test_attention_over_fp8_uses_matrix_instructions_and_fits(kernels):
-    """Guards against numbers that are widened one by one, and too few programs on a multiprocessor."""
+    """Guards against numbers that are widened one by one, keys whose halves are another word's, and too few programs on
+    a multiprocessor."""
     fp8 = {case.removeprefix("fp8_"): of_case[0] for case, of_case in kernels.items() if case.startswith("fp8_")}
     assert len(fp8) == 10
     for case, kernel in fp8.items():
         assert kernel["wgmma" if "prefill" in case else "mma"] and kernel["tma"] == ("page64" in case), case
+        assert kernel["halves"] == ("decode" in case and "page64" in case), case
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
     for case, programs in {"page64_deep": 4, "page64_deepest": 3}.items():
         kernel = fp8[f"decode_{case}"]
