@@ -120,6 +120,7 @@ class RemoteStages:
         for peer, loaded in self._loaded.items():
             if loaded.fingerprint != fingerprint:
                 number = self._stages.index(peer) + 1
+                self._transport.send(peer, StageRefused(reason="it has read other weights than the first stage"))
                 raise SettingsError(f"stage {number} ({peer}) has read other weights than the first stage")
 
     def make_ends(self, num_blocks: int, block_tokens: int, names: Sequence[str], rows: Sequence[int]) -> list[Plane]:

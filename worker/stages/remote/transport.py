@@ -48,8 +48,8 @@ MAX_MESSAGES_A_TURN = 256
 STOP_S = 2.0
 OPTIONS = Options(
     max_message_bytes=MESSAGE_BYTES,
-    heartbeat_ms=1_000,
-    heartbeat_timeout_ms=5_000,
+    heartbeat_ms=5_000,  # beats notice silence earlier; these are for connections that no stage uses
+    heartbeat_timeout_ms=15_000,
     handshake_ms=5_000,
     queued_messages=64,
     immediate=True,
@@ -164,7 +164,7 @@ class Transport:
             self._stopping.set()
             self._wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(STOP_S)
+            self._thread.join(2 * STOP_S)
 
     # -- for the handler
 
@@ -193,7 +193,7 @@ class Transport:
             while not self._stopping.is_set():
                 self._turn()
             self._send_waiting()
-            sockets.linger(self._socket, 0.5)
+            sockets.linger(self._socket, STOP_S)
         except BaseException as error:  # what waits for the other ends must hear of it
             for peer in list(self._links):
                 self.lose(peer, f"is not served: {error}")
@@ -212,11 +212,15 @@ class Transport:
         sockets.wait_readable((self._socket, self._wakee, *self._handler.sockets()), min(wait_s, EVERY_S))
         while sockets.receive_frames(self._wakee) is not None:
             pass
+        was_broken = isinstance(self._watch, DealerWatch) and self._watch.breaks > 0
         for _ in range(MAX_MESSAGES_A_TURN):
             frames = sockets.receive_frames(self._socket)
             if frames is None:
                 break
             self._take(frames)
+        if was_broken:  # and all that came before is read
+            for peer in list(self._links):
+                self.lose(peer, "is gone")
         self._send_waiting()
         self._look(time.monotonic())
 
@@ -229,9 +233,6 @@ class Transport:
         if now - self._watched_at >= EVERY_S:
             self._watched_at = now
             self._watch.turn(now)
-            if isinstance(self._watch, DealerWatch) and self._watch.breaks:
-                for peer in list(self._links):
-                    self.lose(peer, "is gone")
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             for peer, link in self._links.items():

@@ -212,6 +212,8 @@ def test_a_stage_of_other_weights_or_too_many_or_of_another_version_is_refused(s
     start(first, link)
     with pytest.raises(SettingsError, match=r"stage 1 \(a\) has read other weights"):
         first.stages.check_weights(b"w" * 32)
+    with pytest.raises(NotAPart, match="other weights"):
+        link.receive(StageAssigned, WAIT_S)
     more = stage_of(stack, first, "more")
     with pytest.raises(NotAPart, match="this worker has all its 2 stages"):
         more.receive(StageAssigned, WAIT_S)
