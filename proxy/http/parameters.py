@@ -81,6 +81,10 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "kv_transfer_params": (({},), _TRANSFER),
     "ec_transfer_params": (({},), _TRANSFER),
     "vllm_xargs": (({},), "there are no extensions to configure"),
+    "extra_body": (({},), "OpenAI's Python client takes it, and sends its fields in the body itself: write them there"),
+    "options": (({},), "that is Ollama's: write temperature, max_tokens and others into the body itself"),
+    "format": (("",), "that is Ollama's: use response_format"),
+    "n_predict": ((-1,), "that is llama.cpp's: use max_tokens"),
 }
 """Parameter -> the values, besides null, that ask for nothing; and why others are refused."""
 

@@ -348,7 +348,8 @@ def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
     if request.prompt_logprobs is not None and request.stream:
         raise BadRequest("prompt_logprobs is not available where stream is true", param="prompt_logprobs")
     if max_tokens == 0 and not shows_prompt and request.prompt_logprobs is None:
-        raise BadRequest("max_tokens may be 0 only together with echo or prompt_logprobs", param="max_tokens")
+        param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        raise BadRequest(f"{param} may be 0 only together with echo or prompt_logprobs", param=param)
     options = request.stream_options
     if options is not None and not request.stream and (options.include_usage or options.model_extra):
         raise BadRequest("stream_options needs stream to be true", param="stream_options")

@@ -139,7 +139,7 @@ class ResponsesRequest(SamplingRequest, TemplateRequest):
 _MODELS: tuple[type[BaseModel], ...] = (TextFormat, TextFields, ReasoningFields, StructuredOutputs, StreamOptions)
 _FIELD_NAMES = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 _SHAPES = {
-    "input": f"must be a string or an array of at most {MAX_MESSAGES} items",
+    "input": f"must be a string or an array of at most {MAX_MESSAGES} items, each an object",
     "tool_choice": "must be none, auto, required or an object",
     "stop": STOP_SHAPE,
 }
