@@ -1,112 +1,45 @@
-"""A GPU's operations of a layer as launches of kernels, and whole steps with them, in the order of models.layer_order.
+"""One model's steps on a GPU: tokens in, logits out, layer by layer in the order of models.layer_order.
 
-A layer of a decode step is eight launches: qkv · rope and KV write · attention · o · add and norm · gate_up with silu ·
-down · add and norm; parts of split products are summed by the launch after, and with them those of other ranks, where
-ranks share the model. `experts` launches what experts compute. Nothing is allocated, nothing waits for the GPU, and
-every launch reads and writes fixed memory, so that a decode step can be captured in a graph.
+What a layer launches is in `step_ops`. Nothing is allocated, nothing waits for the GPU, and every launch reads and
+writes fixed memory, so that a decode step can be captured in a graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from baton.kernels import Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
-from baton.kernels.triton.low_rank import AddedProduct
-from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rank_words import RankInbox
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
-from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.step_inputs import StepInputs
-from baton.kernels.triton.whole_norm import whole_norm
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
-from baton.models.cuda.experts import ExpertBlocks, plan_experts
+from baton.models.cuda.experts import plan_experts
 from baton.models.cuda.latent import LatentLayers
-from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
+from baton.models.cuda.products import Policy, Products, shape_of
+from baton.models.cuda.step_ops import Activations, Step, StepOps, StepProducts
 from baton.models.families import SILU
 from baton.models.layer_order import Tap, no_tap, run_layers
 from baton.models.layer_weights import (
     AttentionWeights,
     DenseMlpWeights,
-    ExpertsWeights,
     LayerWeights,
     Mlp,
     Weights,
 )
-from baton.models.layers import DenseMlp, ExpertsMlp
+from baton.models.layers import DenseMlp
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.models.vector_math import prepare_vector_math
 from baton.node.errors import InvariantBroken
-
-Added = torch.Tensor | RoutedSum
-"""What a layer adds to the residual, [N, hidden], or the parts of it [splits, N, hidden]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Activations:
-    """Memory of a step of up to `rows` tokens, of which up to `drawn` draw; steps follow one another in it.
-    PADDING more rows are of use to products alone."""
-
-    residual: torch.Tensor  # [rows, hidden]
-    normed: torch.Tensor  # [rows, hidden]
-    mixed: torch.Tensor  # [rows, hidden]
-    qkv: torch.Tensor  # [rows, outputs of the product before attention]
-    query: torch.Tensor  # [rows, H, D]
-    attended: torch.Tensor  # [rows, H, V]: elements of a value, no more than D
-    gated: torch.Tensor  # [rows, width of the MLPs]
-    wide: torch.Tensor  # [rows, 2 * width of the MLPs]; empty where gate and up meet inside the product
-    last: torch.Tensor  # [drawn, hidden]
-    logits: torch.Tensor  # [drawn, vocab]
-
-    @classmethod
-    def make(
-        cls, config: ModelConfig, qkv: int, mlp_width: int, rows: int, drawn: int, dtype: torch.dtype, device: str
-    ) -> Activations:
-        """qkv: outputs of the product before attention. mlp_width: of dense MLPs; 0: there are none."""
-        rows += PADDING
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)  # padding is computed too, and must be finite
-
-        heads, latent = config.num_heads, config.latent
-        dim, value = (latent.query_dim, latent.value_dim) if latent else (config.head_dim, config.head_dim)
-        return cls(
-            zeros(rows, config.hidden_size),
-            zeros(rows, config.hidden_size),
-            zeros(rows, config.hidden_size),
-            zeros(rows, qkv),
-            zeros(rows, heads, dim),
-            zeros(rows, heads, value),
-            zeros(rows, mlp_width),
-            zeros(rows, 0 if config.activation == SILU else 2 * mlp_width),
-            zeros(drawn, config.hidden_size),
-            zeros(drawn, config.vocab_size),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What a step computes: N tokens, which are not changed while it runs."""
-
-    tokens: torch.Tensor  # [N] int32
-    positions: torch.Tensor  # [N] int32
-    kv_slots: torch.Tensor  # [N] int32
-    attend: Attend
-    drawn: torch.Tensor | None = None
-    """The tokens, by number (int32), that are computed behind the last layer's attention; None: all."""
-    pdl: bool = False
-    adapters: AdapterRows | None = None
 
 
 class DeviceDecoder:
@@ -179,7 +112,7 @@ class DeviceDecoder:
     ) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row; with the rows' adapters."""
         attend = self.attend_rows(inputs, plan, scratch, pdl)
-        step = _Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
+        step = Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
         normed = self._layers(step)
         assert normed is not None, "all rows draw"
         return self._logits(normed, pdl)
@@ -209,7 +142,7 @@ class DeviceDecoder:
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        normed = self._layers(_Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
+        normed = self._layers(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
         if normed is not None:
             self._logits(normed, pdl=False)
 
@@ -228,14 +161,14 @@ class DeviceDecoder:
 
         They are valid until it returns.
         """
-        normed = self._layers(_Step(tokens, positions, kv_slots, attend, adapters=adapters))
+        normed = self._layers(Step(tokens, positions, kv_slots, attend, adapters=adapters))
         assert normed is not None, "all tokens are computed to the end"
         for number, (begin, end) in enumerate(parts):
             take(self._logits(normed[begin:end], pdl=False), number)
         if count := len(drawn):
             self._logits(torch.index_select(normed, 0, drawn, out=self._act.last[:count]), pdl=False)
 
-    def _layers(self, step: _Step) -> torch.Tensor | None:
+    def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
         act, config = self._act, self._config
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
@@ -253,8 +186,8 @@ class DeviceDecoder:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
-        products, experts = _StepProducts(self._products, self._adapters, step), self._experts
-        ops = _StepOps(act, products, experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
+        products, experts = StepProducts(self._products, self._adapters, step), self._experts
+        ops = StepOps(act, products, experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -267,142 +200,6 @@ class DeviceDecoder:
         if self._pool is None:
             raise InvariantBroken("no pool is bound")
         return self._pool
-
-
-class _StepProducts:
-    """Products of one step, with what the adapters of its rows add to them."""
-
-    def __init__(self, products: Products, adapters: AdapterSteps | None, step: _Step) -> None:
-        self._products, self._adapters = products, adapters
-        self._rows, self._pdl = step.adapters, step.pdl
-
-    def keep(self, drawn: torch.Tensor) -> None:
-        """From now on the step has these of its rows."""
-        if self._rows is not None:
-            assert self._adapters is not None, "a step with adapters of a decoder without"
-            self._rows = self._adapters.keep(self._rows, drawn)
-
-    def codes_for(self, reader: Linear, num_rows: int) -> Rows | None:
-        """As Products; adapters multiply plain rows."""
-        return self._products.codes_for(reader, num_rows) if self._rows is None else None
-
-    def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
-        """name: as BankLayout has it."""
-        return self._products(weights, x, out, self._added(layer, name, x), pdl=self._pdl)
-
-    def gated(self, layer: int, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear) -> Rows:
-        added = self._added(layer, "gate_up", x)
-        following = reader if self._rows is None else None
-        return self._products.gated(gate_up, x, out, following, added, pdl=self._pdl)
-
-    def gelu_gated(
-        self, layer: int, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear
-    ) -> Rows:
-        added = self._added(layer, "gate_up", x)
-        return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
-
-    def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
-        if self._rows is None:
-            return None
-        assert self._adapters is not None, "a step with adapters of a decoder without"
-        return self._adapters.added(layer, name, plain(x), self._rows, pdl=self._pdl)
-
-
-class _StepOps:
-    """models.layer_order.LayerOps of one step, over the memory that all steps share."""
-
-    def __init__(
-        self,
-        act: Activations,
-        products: _StepProducts,
-        experts: ExpertBlocks | None,
-        step: _Step,
-        rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
-        last: int,
-        eps: float,
-        sums: RankInbox | None,
-    ) -> None:
-        """last: number of the last layer."""
-        self._sums = sums
-        self._act, self._products, self._experts, self._step = act, products, experts, step
-        self._kv_slots: torch.Tensor | None = step.kv_slots
-        self._index = 0  # of the layer
-        self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
-        num_tokens = len(step.tokens)
-        self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
-        self._query, self._attended = act.query[:num_tokens], act.attended[:num_tokens]
-        self._normed, self._mixed = act.normed[:num_tokens], act.mixed[:num_tokens]
-        self._gated, self._flat = act.gated[:num_tokens], self._attended.view(num_tokens, -1)
-
-    def norm(self, weight: torch.Tensor, reader: Linear) -> Rows:
-        out = self._for(reader)
-        rms_norm(self._residual, weight, self._eps, out, pdl=self._step.pdl)
-        return out
-
-    def _for(self, reader: Linear) -> Rows:
-        """Where what `reader` multiplies next belongs."""
-        return self._products.codes_for(reader, len(self._residual)) or self._normed
-
-    def attention(self, index: int, layer: LayerWeights, x: Rows) -> Added | None:
-        self._index = index
-        qkv = self._products(index, "qkv", layer.attention.qkv, x, self._qkv)
-        if isinstance(layer.attention, AttentionWeights) and layer.attention.whole_norms is not None:
-            whole_norm(qkv, *layer.attention.whole_norms, self._eps, self._qkv, pdl=self._step.pdl)
-            qkv = self._qkv
-        self._rope_and_write(index, qkv, self._query)
-        drawn = self._step.drawn if index == self._last else None
-        if drawn is not None and not len(drawn):
-            return None
-        self._step.attend(index, self._query, self._attended)
-        if drawn is not None:
-            self._keep(drawn)
-        return self._products(index, "o", layer.attention.o, self._flat, self._mixed)
-
-    def _keep(self, drawn: torch.Tensor) -> None:
-        """From now on the step has these of its tokens."""
-        act, count = self._act, len(drawn)
-        heads, value = self._attended.shape[1:]
-        kept = act.query.view(-1)[: count * heads * value].view(count, heads, value)
-        self._flat = torch.index_select(self._attended, 0, drawn, out=kept).view(count, -1)
-        self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
-        self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
-        self._kv_slots = None
-        self._products.keep(drawn)
-
-    def mlp(self, layer: LayerWeights, x: Rows) -> Added:
-        mlp, shape = layer.mlp, layer.shape.mlp
-        if isinstance(mlp, ExpertsWeights):
-            assert isinstance(shape, ExpertsMlp) and self._experts is not None, "planned with the weights"
-            return self._experts(shape, mlp, plain(x), self._kv_slots, pdl=self._step.pdl)
-        if shape.activation == SILU:
-            gated = self._products.gated(self._index, mlp.gate_up, x, self._gated, mlp.down)
-        else:
-            wide = self._act.wide[: len(self._residual)]
-            gated = self._products.gelu_gated(self._index, mlp.gate_up, x, wide, self._gated, mlp.down)
-        return self._products(self._index, "down", mlp.down, gated, self._mixed)
-
-    def add_and_norm(
-        self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
-    ) -> Rows:
-        out = self._for(reader)
-        self._add_and_norm(added, output_norm, weight, out)
-        return out
-
-    def finish(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        self._add_and_norm(added, output_norm, weight, self._normed)
-        return self._normed
-
-    def _add_and_norm(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows) -> None:
-        add_rms_norm(
-            added,
-            self._residual,
-            weight,
-            self._eps,
-            out,
-            output_norm=output_norm,
-            ranks=self._sums,
-            pdl=self._step.pdl,
-        )
 
 
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:
