@@ -102,8 +102,6 @@ def load_model(
         )
     if settings.max_loras:
         check_adapters(model_config(folder), settings.pp)
-        if device != "cpu" and settings.tp > 1:
-            raise SettingsError(f"--max-loras: the ranks of --tp {settings.tp} take adapters on CPUs only")
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:

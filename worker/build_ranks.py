@@ -14,16 +14,20 @@ import msgspec
 import torch
 
 from baton.kvtransfer.blocks.device_copies import DeviceCopies
-from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory
+from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory, mapped
 from baton.kvtransfer.blocks.rank_copies import RankCopies
 from baton.kvtransfer.blocks.rank_pools import RankPools
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.reshard import Cut
+from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
+from baton.models.cuda.adapter_bank import BankSlots
 from baton.models.cuda.memory import GIB
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.rank_adapters import RankSlots
 from baton.models.fallback.config import model_config
-from baton.models.partition import check_partition
+from baton.models.partition import Rank, check_partition
 from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
@@ -31,7 +35,7 @@ from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import LoadedModel, checked_planes, model_part, pool_blocks, progress_log
 from baton.worker.kv_layout import name_of
-from baton.worker.ranks.device import DTYPES, DeviceRank, device_layout
+from baton.worker.ranks.device import DTYPES, DeviceRank, bank_shape, device_layout
 from baton.worker.ranks.following import LeadingRunner
 from baton.worker.ranks.group import RankGroup, rank_start
 from baton.worker.ranks.messages import (
@@ -165,8 +169,23 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
         make_planes,
         copies,
         POLL_S,
+        adapter_slots=_slots(own, start, [other.bank for other in others], gpus_of(settings)),
         ranks=group,
     )
+
+
+def _slots(own: DeviceRank, start: RankStart, banks: Sequence[bytes], gpus: Sequence[int]) -> AdapterSlots:
+    """Of adapters, of all ranks; banks: handles of the memory of the others."""
+    if own.bank is None:
+        return NO_SLOTS
+    slots = [own.runner.adapters]
+    for index, handle in enumerate(banks, start=1):
+        shape = bank_shape(own.runner.config, Rank(index, len(gpus)), start.model, DTYPES[start.model.dtype])
+        assert shape is not None, "rank 0 has slots"
+        memory = mapped(handle, shape.size_bytes, gpus[index])
+        slots.append(BankSlots(shape, CudaQueue(gpus[index]), memory))
+    torch.cuda.set_device(own.share.gpu)
+    return RankSlots(own.runner.config, slots)
 
 
 def _ends(

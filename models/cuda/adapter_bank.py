@@ -14,9 +14,11 @@ from itertools import accumulate
 import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
-from baton.models.adapters.adapter import PRODUCTS, Adapter, Parts, adapted_products
+from baton.models.adapters.adapter import PRODUCTS, Adapter, Parts, layer_products
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
+from baton.models.layers import describe
+from baton.models.partition import WHOLE, Rank
 from baton.node.errors import AdapterError, InvariantBroken, SettingsError
 
 MOST_RANK = 256
@@ -32,12 +34,12 @@ class BankLayout:
     """Elements of a slot for each unit of rank."""
 
     @classmethod
-    def of(cls, config: ModelConfig) -> BankLayout:
-        """SettingsError for products that the kernels do not take."""
+    def of(cls, config: ModelConfig, rank: Rank = WHOLE) -> BankLayout:
+        """rank: whose part of the products. SettingsError for those that the kernels do not take."""
         layers, end, count = [], 0, 0
-        for products in adapted_products(config):
+        for shape in describe(config, rank):
             sites = {}
-            for name, product in products.items():
+            for name, product in layer_products(shape, config.hidden_size).items():
                 k, ends = product.num_inputs, tuple(accumulate(product.outputs))
                 if any(size % RANK_STEP for size in (k, *ends)):
                     raise SettingsError(
@@ -53,6 +55,38 @@ class BankLayout:
     @property
     def num_sites(self) -> int:
         return sum(map(len, self.sites))
+
+
+@dataclass(frozen=True, slots=True)
+class BankShape:
+    """The slots of a runner."""
+
+    layout: BankLayout
+    num_slots: int
+    max_rank: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        """SettingsError for a rank for which products have no registers."""
+        if self.max_rank > MOST_RANK:
+            raise SettingsError(f"--max-lora-rank {self.max_rank}: on a GPU at most {MOST_RANK}")
+
+    @property
+    def size_bytes(self) -> int:
+        return self._numbers_bytes + self.num_slots * self.layout.num_sites * torch.int32.itemsize
+
+    def bank(self, memory: torch.Tensor) -> AdapterBank:
+        """In this memory, uint8 [size_bytes], which is zero where no slot was filled yet."""
+        widest = RANK_STEP  # as kernels hold ranks: a power of two
+        while widest < self.max_rank:
+            widest *= 2
+        numbers, ranks = memory[: self._numbers_bytes], memory[self._numbers_bytes : self.size_bytes]
+        shaped = numbers.view(self.dtype).view(self.num_slots, -1)
+        return AdapterBank(shaped, ranks.view(torch.int32).view(self.num_slots, -1), widest)
+
+    @property
+    def _numbers_bytes(self) -> int:
+        return self.num_slots * aligned(self.max_rank, RANK_STEP) * self.layout.unit_size * self.dtype.itemsize
 
 
 class BankImage:
@@ -81,19 +115,14 @@ class BankFill:
 class BankSlots:
     """AdapterSlots of a GPU."""
 
-    def __init__(self, layout: BankLayout, num_slots: int, max_rank: int, dtype: torch.dtype, copies: Queue) -> None:
-        """copies: a stream beside that of the steps. SettingsError for a rank for which products have no registers."""
-        if max_rank > MOST_RANK:
-            raise SettingsError(f"--max-lora-rank {max_rank}: on a GPU at most {MOST_RANK}")
-        self.num_slots, self.max_rank = num_slots, max_rank
-        widest = RANK_STEP  # as kernels hold ranks: a power of two
-        while widest < max_rank:
-            widest *= 2
-        rank = aligned(max_rank, RANK_STEP)
-        numbers = torch.zeros(num_slots, rank * layout.unit_size, dtype=dtype, device=copies.device)
-        ranks = torch.zeros(num_slots, layout.num_sites, dtype=torch.int32, device=copies.device)
-        self.bank = AdapterBank(numbers, ranks, widest)
-        self._layout, self._copies = layout, copies
+    def __init__(self, shape: BankShape, copies: Queue, memory: torch.Tensor | None = None) -> None:
+        """copies: a stream beside that of the steps. memory: as BankShape has it, which another process may have made;
+        None: it is allocated."""
+        self.num_slots, self.max_rank = shape.num_slots, shape.max_rank
+        if memory is None:
+            memory = torch.zeros(shape.size_bytes, dtype=torch.uint8, device=copies.device)
+        self.bank = shape.bank(memory)
+        self._layout, self._copies = shape.layout, copies
 
     @property
     def size_bytes(self) -> int:

@@ -22,7 +22,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
 from baton.models.batch import DeviceTime, Draw, Launched, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankSlots
+from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.chunk_steps import CHUNK_SEQUENCES, ChunkSteps
 from baton.models.cuda.chunk_upload import ChunkUpload
@@ -75,12 +75,14 @@ class CudaRunner:
         kv_format: KvFormat | None = None,
         peers: DevicePeers | None = None,
         eagle: tuple[EagleConfig, EagleWeights] | None = None,
+        bank_memory: torch.Tensor | None = None,
     ) -> None:
         """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
         max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
         default keys and values are of the weights' dtype. peers: the weights are one rank's part; all ranks launch the
         same steps, and draw the same tokens. eagle: a draft, whose layer lies behind the model's in the pool; it
-        proposes in place of the search for matches."""
+        proposes in place of the search for matches. bank_memory: of the slots of adapters, as BankShape has it, where
+        another process fills them."""
         own = part_of(config, WHOLE if peers is None else peers.rank)
         check_supported(own)
         if peers is not None and eagle is not None:
@@ -96,9 +98,7 @@ class CudaRunner:
         self.adapters: AdapterSlots = NO_SLOTS
         self._adapters: AdapterSteps | None = None
         if limits.adapter_slots:
-            if peers is not None:
-                raise SettingsError("--max-loras: ranks of a tensor parallel worker take no adapters on GPUs")
-            self._adapters = self._make_adapters(model)
+            self._adapters = self._make_adapters(model, bank_memory)
         self._decoder: StepDecoder = (
             model if not isinstance(model, Weights) else self._make_decoder(model, policy, max_len)
         )
@@ -139,12 +139,13 @@ class CudaRunner:
             no_tap if self._eagle is None else self._eagle.tap,
         )
 
-    def _make_adapters(self, model: Weights | StepDecoder) -> AdapterSteps:
+    def _make_adapters(self, model: Weights | StepDecoder, memory: torch.Tensor | None) -> AdapterSteps:
         """With memory for the slots, which become `adapters`."""
         if not isinstance(model, Weights):
             raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
-        limits, layout, dtype = self._limits, BankLayout.of(self.config), model.embedding.dtype
-        self.adapters = slots = BankSlots(layout, limits.adapter_slots, limits.max_rank, dtype, self.queue.beside())
+        limits, layout = self._limits, BankLayout.of(self.config, WHOLE if self._peers is None else self._peers.rank)
+        shape = BankShape(layout, limits.adapter_slots, limits.max_rank, model.embedding.dtype)
+        self.adapters = slots = BankSlots(shape, self.queue.beside(), memory)
         return AdapterSteps(
             self.queue,
             slots,

@@ -15,6 +15,7 @@ from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
 from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.rank_adapters import RankSlots
 from baton.models.cuda.runner import CudaRunner
 from baton.models.partition import Rank, part_of
 from baton.models.weights import load_weights
@@ -23,6 +24,7 @@ from baton.node.modelhub import locate_model
 from baton.testing.device_ranks import DeviceRanks
 from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
 from baton.tests.unit.models.cuda.ahead import Ahead
+from baton.tests.unit.models.cuda.merged import random_adapter
 
 pytestmark = pytest.mark.gpu
 
@@ -37,13 +39,13 @@ def pool(config: ModelConfig, dtype: torch.dtype) -> torch.Tensor:
 
 
 def make(
-    dtype: torch.dtype, count: int, quantization: str | None = None, most_drafts: int = 0
+    dtype: torch.dtype, count: int, quantization: str | None = None, **of_limits: int
 ) -> tuple[CudaRunner, DeviceRanks]:
     """One rank, and `count` that have computed everything by themselves, so that nothing is compiled or loaded while
     one waits for another."""
     folder = locate_model("demo")
     config = ModelConfig.from_folder(folder)
-    limits, recipe = StepLimits(MAX_ROWS, 2048, most_drafts=most_drafts), recipe_for(quantization, config)
+    limits, recipe = StepLimits(MAX_ROWS, 2048, **of_limits), recipe_for(quantization, config)
 
     def load(rank: Rank):
         options = {"pack": False, "rank": rank, "recipe": recipe, "keep_quantised": recipe is not None}
@@ -132,6 +134,26 @@ def test_ranks_on_one_gpu_accept_drafts_of_one_another():
         run.launch(live, chunk=200)
     assert [run.generated(slot)[:TOKENS] for slot in range(16)] == [tokens[:TOKENS] for tokens in expected]
     assert run.num_accepted > TOKENS
+
+
+def test_ranks_on_one_gpu_compute_with_their_parts_of_an_adapter():
+    """Guards rows and columns of an adapter that are another rank's, in prompts and in captured steps."""
+    one, ranks = make(torch.float32, 2, adapter_slots=2, max_rank=32)
+    adapter, made = random_adapter(one.config, [24, 8], 3), prompts(8)
+    slots = RankSlots(one.config, [runner.adapters for runner in ranks.runners])
+    found = []
+    for runner, own in ((one, one.adapters), (ranks, slots)):
+        filled = own.fill(1, own.prepare(adapter))
+        while not filled.done:
+            pass
+        run = Ahead(runner)
+        run.adapters = {slot: 1 for slot in range(0, 8, 2)}
+        for slot, prompt in enumerate(made):
+            run.start(slot, prompt, table(slot))
+        while any(len(run.known[slot]) < len(made[slot]) + TOKENS for slot in range(8)):
+            run.launch(list(range(8)), chunk=200)
+        found.append([run.generated(slot)[:TOKENS] for slot in range(8)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8", "fp8_block", "int4"])

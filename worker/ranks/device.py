@@ -21,6 +21,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
+from baton.models.cuda.adapter_bank import BankLayout, BankShape
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.peers import DevicePeers, RankMemory
@@ -37,7 +38,7 @@ from baton.worker.kv_layout import layout_of
 from baton.worker.ranks.exchange import ProcessPeers
 from baton.worker.ranks.following import Follower
 from baton.worker.ranks.links import RankLink
-from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, DeviceShare, RankStart, decode, encode
+from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, DeviceShare, ModelPart, RankStart, decode, encode
 
 logger = logging.getLogger("ranks")
 
@@ -53,6 +54,8 @@ class DeviceRank:
     runner: CudaRunner
     peers: DevicePeers
     exchange: DeviceMemory
+    bank: DeviceMemory | None
+    """Of the slots of adapters."""
     layout: KVLayout
     """Of this rank's pool."""
     weights_bytes: int
@@ -98,14 +101,27 @@ class DeviceRank:
             share.run_ahead,
             share.deterministic,
             most_drafts=share.most_drafts,
+            adapter_slots=start.model.max_loras,
+            max_rank=start.model.max_lora_rank,
         )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
         peers = DevicePeers(exchanged, exchange.data.view(-1), config.vocab_size)
+        bank = bank_shape(config, rank, start.model, dtype)
+        bank_memory = None if bank is None else DeviceMemory(1, bank.size_bytes, share.gpu)
         kv_format = kv_format_of(start.model.kv_dtype, config, folder, dtype, start.model.load_format)
-        runner = CudaRunner(config, weights, CudaQueue(share.gpu), limits, longest, kv_format=kv_format, peers=peers)
+        runner = CudaRunner(
+            config,
+            weights,
+            CudaQueue(share.gpu),
+            limits,
+            longest,
+            kv_format=kv_format,
+            peers=peers,
+            bank_memory=None if bank_memory is None else bank_memory.data.view(-1),
+        )
         layout = device_layout(part_of(config, rank), kv_format, share.block_tokens)
-        return cls(rank, share, runner, peers, exchange, layout, sum(sizes_bytes.values()), longest)
+        return cls(rank, share, runner, peers, exchange, bank_memory, layout, sum(sizes_bytes.values()), longest)
 
     @property
     def num_blocks(self) -> int:
@@ -114,7 +130,8 @@ class DeviceRank:
             return 0
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.share.gpu)
         others = CONTEXT_BYTES if self.rank.index else 0
-        own_bytes = torch.cuda.memory_reserved(self.share.gpu) + self.exchange.payload_bytes + others
+        apart_bytes = self.exchange.payload_bytes + (0 if self.bank is None else self.bank.payload_bytes)
+        own_bytes = torch.cuda.memory_reserved(self.share.gpu) + apart_bytes + others
         memory = GpuMemory(total_bytes, free_bytes, own_bytes)
         return plan_blocks(memory, self.share.gpu_memory_utilization, self.layout.block_bytes)
 
@@ -134,6 +151,13 @@ class DeviceRank:
         )
 
 
+def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dtype) -> BankShape | None:
+    """Of the slots of adapters of a rank; None: there are none."""
+    if not part.max_loras:
+        return None
+    return BankShape(BankLayout.of(config, rank), part.max_loras, part.max_lora_rank, dtype)
+
+
 def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:
     """As a GPU's pool has it."""
     layout = layout_of(config, kv_format, block_tokens)
@@ -143,7 +167,8 @@ def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -
 def join_on_device(start: RankStart, peers: ProcessPeers, control: RankLink, load_s: float) -> Callable[[], None]:
     """Load a rank other than 0 and make it ready; what it gives is called for each record."""
     loaded = DeviceRank.load(start)
-    control.send(encode(DeviceLoaded(exchange=loaded.exchange.handle, num_blocks=loaded.num_blocks)))
+    bank = b"" if loaded.bank is None else loaded.bank.handle
+    control.send(encode(DeviceLoaded(exchange=loaded.exchange.handle, bank=bank, num_blocks=loaded.num_blocks)))
     made = decode(control.receive(load_s))
     if not isinstance(made, DevicePoolsMade):
         raise InvariantBroken(f"{type(made).__name__} before a rank has a pool")

@@ -78,6 +78,8 @@ class DeviceLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     exchange: bytes
     """CUDA IPC handle of the memory by which ranks exchange what a step needs."""
+    bank: bytes
+    """Of the memory of the slots of adapters; empty: there are none."""
     num_blocks: int
     """For which its GPU has room."""
 

@@ -14,7 +14,7 @@ from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankSlots
+from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import Policy, untuned
 from baton.models.cuda.runner import CudaRunner
@@ -99,7 +99,7 @@ def test_logits_and_tokens_of_mixed_batches_equal_those_of_merged_weights(served
 def test_adapters_that_no_kernel_runs_are_refused(make_model):
     """Guards against an adapter of which a part is left out."""
     config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
-    prepare = BankSlots(BankLayout.of(config), 2, 32, torch.bfloat16, LateQueue()).prepare
+    prepare = BankSlots(BankShape(BankLayout.of(config), 2, 32, torch.bfloat16), LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
     with pytest.raises(AdapterError, match="head"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))

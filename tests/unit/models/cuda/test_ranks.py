@@ -10,12 +10,14 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import fastest
+from baton.models.cuda.rank_adapters import RankSlots
 from baton.models.partition import Rank
 from baton.models.weights import load_weights
 from baton.testing.device_ranks import DeviceRanks
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
 
 BLOCK = 16
@@ -79,3 +81,21 @@ def test_ranks_hold_the_same_drafts(make_model):
     while len(run.known[0]) < len(PROMPTS[0]) + 5:
         run.launch([0])
     assert run.generated(0)[:5] == expected[:5] and run.num_accepted
+
+
+def test_ranks_compute_with_their_parts_of_an_adapter(make_model):
+    """Guards against rows or columns of another rank's product, and what an adapter adds to a sum twice."""
+    folder = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL).folder
+    ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16)
+    adapter = random_adapter(plain.config, [12, 5], 1)
+    slots = RankSlots(plain.config, [runner.adapters for runner in ranks.runners])
+    assert slots.fill(1, slots.prepare(adapter)).done
+    whole = load_weights(plain.config, folder, torch.float32, pack=False)
+    expected = one_after_the_other(merged_runner(plain.config, whole, adapter, BLOCK), PROMPTS[0], TABLES[0], 3)
+    assert expected != one_after_the_other(plain, PROMPTS[0], TABLES[0], 3)
+    run = Ahead(ranks)
+    run.adapters = {0: 1}
+    run.start(0, PROMPTS[0], TABLES[0])
+    for _ in range(3):
+        run.launch([0])
+    assert run.generated(0) == expected
