@@ -1,4 +1,7 @@
-"""Answers of a given form from real processes: every one that stops is valid, whatever worker drew which token."""
+"""Answers of a given form from real processes: every one that stops is valid, whatever worker drew which token.
+
+Decode workers verify drafts, so that what is compared with an answer without (`PLAIN`) guards these too.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +47,14 @@ CHAT: dict[str, Any] = {
     "temperature": 2.0,
     "max_tokens": 200,
 }
+DRAFTS = ("--speculate", "ngram")
+PLAIN = {"speculative": False}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(decode=2) as made:
+    with Cluster(decode=2, decode_args=DRAFTS) as made:
         yield made
 
 
@@ -72,18 +77,20 @@ def check_person(text: str) -> None:
 def test_random_answers_are_valid_and_repeat(cluster: Cluster) -> None:
     """Guards the seam between prefill, which draws the first token, and decode; free requests run beside them."""
 
-    def one(seed: int) -> str:
-        return text_of(ask(cluster, seed=seed, structured_outputs=COMPACT))
+    def one(seed: int, **more: Any) -> str:
+        return text_of(ask(cluster, seed=seed, structured_outputs=COMPACT, **more))
 
     with ThreadPoolExecutor(8) as threads:
         free = [threads.submit(ask, cluster, seed=seed, max_tokens=40) for seed in range(6)]
         first = list(threads.map(one, range(12)))
-        again = list(threads.map(one, range(12)))
+        again = list(threads.map(lambda seed: one(seed, **PLAIN), range(12)))
         beside = [each.result()["choices"][0]["text"] for each in free]
     assert first == again and len(set(first)) > 6
     for text in first:
         check_person(text)
-    assert beside == [ask(cluster, seed=seed, max_tokens=40)["choices"][0]["text"] for seed in range(6)]
+    assert beside == [ask(cluster, seed=seed, max_tokens=40, **PLAIN)["choices"][0]["text"] for seed in range(6)]
+    accepted = "spec_decode_accepted_grammar_total"
+    cluster.wait_until(lambda: sum(cluster.worker_values(accepted).values()) > 12, "forced tokens")
 
 
 def test_a_hand_over_changes_no_answer(cluster: Cluster) -> None:
@@ -164,8 +171,8 @@ def test_the_form_begins_behind_reasoning(cluster: Cluster) -> None:
 def test_forced_calls_are_valid_at_any_temperature(cluster: Cluster, choice: Any) -> None:
     """Guards the whole way of a forced call: template, grammar, draws of both roles, and the reading of the answer."""
 
-    def one(seed: int) -> dict[str, Any]:
-        body = {**CHAT, "model": cluster.nodes.model, "tools": TOOLS, "tool_choice": choice, "seed": seed}
+    def one(seed: int, **more: Any) -> dict[str, Any]:
+        body = {**CHAT, "model": cluster.nodes.model, "tools": TOOLS, "tool_choice": choice, "seed": seed, **more}
         found = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
         return dict(found)
 
@@ -181,7 +188,9 @@ def test_forced_calls_are_valid_at_any_temperature(cluster: Cluster, choice: Any
         for call in message["tool_calls"]:
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
             jsonschema.validate(arguments, PERSON if name == "add_person" else COUNT)
-    again, before = ([call["function"] for call in each["message"]["tool_calls"]] for each in (one(3), answers[3]))
+    again, before = (
+        [call["function"] for call in each["message"]["tool_calls"]] for each in (one(3, **PLAIN), answers[3])
+    )
     assert again == before
 
 
@@ -208,8 +217,8 @@ def test_a_decode_worker_that_dies_changes_no_answer() -> None:
         "max_tokens": 200,
         "temperature": 2.0,
     }
-    with Cluster(decode=2, decode_step_s=0.02) as cluster:
-        expected = [text_of(ask(cluster, **fields, seed=seed)) for seed in range(4)]
+    with Cluster(decode=2, decode_args=DRAFTS, decode_step_s=0.02) as cluster:
+        expected = [text_of(ask(cluster, **fields, **PLAIN, seed=seed)) for seed in range(4)]
         streams = [cluster.begin("Once upon a time", **fields, seed=seed) for seed in range(4)]
         cluster.wait_until(lambda: all(stream.num_chunks > 3 for stream in streams), "four streams")
         running = cluster.worker_values("running")

@@ -33,7 +33,7 @@ def mask_after(known: Sequence[int], vocab_size: int, forced: Mapping[int, int] 
 class Ahead:
     """Sequences on one runner, as a decode worker drives it: each step is launched before the last one is read."""
 
-    def __init__(self, late: CudaRunner, most_drafts: int = 0) -> None:
+    def __init__(self, late: CudaRunner | ModelRunner, most_drafts: int = 0) -> None:
         self.late, self.most_drafts = late, most_drafts
         self.predictions: dict[int, list[int]] = {}
         self.forced: Mapping[int, int] = {}
@@ -108,6 +108,20 @@ class Ahead:
         while self.in_flight:
             self.read()
         return self.known[slot][self.prompts[slot] :]
+
+
+def check_drafts(late: CudaRunner, plain: ModelRunner, prompt: list[int], blocks: list[int], count: int) -> None:
+    """Both runners verify drafts of one sequence, of which every fourth is wrong: tokens are those without."""
+    right, vocab_size = one_after_the_other(plain, prompt, blocks, count), plain.config.vocab_size
+    predicted = [(token + (number % 4 == 3)) % vocab_size for number, token in enumerate(right)]
+    for runner in (late, plain):
+        ahead = Ahead(runner, most_drafts=3)
+        ahead.predictions[0] = [*prompt, *predicted]
+        ahead.start(0, prompt, blocks)
+        while len(ahead.known[0]) < len(prompt) + count:
+            ahead.launch([0])
+        assert ahead.generated(0)[:count] == right
+        assert 0 < ahead.num_accepted < ahead.num_verified
 
 
 def one_after_the_other(

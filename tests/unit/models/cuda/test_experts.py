@@ -13,7 +13,7 @@ from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.node.errors import SettingsError
 from baton.tests.unit.kernels.expert_checks import routes_of, some_logits
-from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.ahead import Ahead, check_drafts, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, make
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
@@ -36,6 +36,13 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model):
     for slot in (0, 1, 2):
         found = run.generated(slot)
         assert found == one_after_the_other(plain, PROMPTS[slot], TABLES[slot], len(found))
+
+
+def test_drafts_are_verified(make_model):
+    """Guards drafts that choose the experts of another place, and places for drafts that are not there."""
+    folder = make_model("qwen3_moe", num_hidden_layers=1, vocab_size=144, **EXPERTS).folder
+    late, plain = make(folder, max_rows=1, most_drafts=3)
+    check_drafts(late, plain, PROMPTS[0], TABLES[0], 8)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from baton.models.cuda.products import fastest
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.tests.unit.models.conftest import LATENT
-from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.ahead import Ahead, check_drafts, one_after_the_other
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, make
 
 DENSE = LATENT | {"v_head_dim": 16, "first_k_dense_replace": 2, "num_hidden_layers": 2}
@@ -43,6 +43,13 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model):
     for slot in (0, 1):
         found = run.generated(slot)
         assert found == one_after_the_other(plain, PROMPTS[slot], TABLES[slot], len(found))
+
+
+def test_drafts_are_verified(make_model):
+    """Guards latents of rejected drafts, and queries of one sequence that read together."""
+    folder = make_model("deepseek_v2", **DENSE | {"num_hidden_layers": 1, "vocab_size": 144}).folder
+    late, plain = make(folder, max_rows=1, most_drafts=3)
+    check_drafts(late, plain, PROMPTS[0], TABLES[0], 8)
 
 
 def test_few_rows_are_not_cut_into_more_parts_than_are_merged_quickly():
