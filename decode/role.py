@@ -525,6 +525,7 @@ class DecodeRole:
 
     def report(self) -> RoleReport:
         self._draft_counts.fill(self.counters)
+        self.counters.spec_decode_cooled_sequences = sum(each.draft_record.is_cooled for each in self._running)
         return RoleReport(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._reserved),

@@ -67,6 +67,9 @@ class DecodeCounters(WorkerCounters):
     spec_decode_accepted_answers: int = counted("Of these, those found in answers to similar prompts.")
     spec_decode_accepted_eagle: int = counted("Of these, those of an EAGLE-3 draft.")
     spec_decode_accepted_grammar: int = counted("Of these, those that a grammar allowed alone.")
+    spec_decode_cooled_sequences: int = measured(
+        "Running sequences with few drafts, since none was accepted for a while."
+    )
     spec_decode_accepted_at_0: int = _accepted_at(0)
     spec_decode_accepted_at_1: int = _accepted_at(1)
     spec_decode_accepted_at_2: int = _accepted_at(2)

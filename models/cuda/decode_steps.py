@@ -124,12 +124,11 @@ class DecodeSteps:
         edited = self._edited.graph_for(num_tokens, 1) if self._draws.edits(rows) else None
         accepted = proposed = None
         slots = sent.slots
-        without_states = keep_logits and self._after is not None and self._after.by_model  # hidden ones, for a model
         if self._after is not None:
             accepted = self._after.accept(num_tokens)
             if choice is not None:
                 slots = self._rows.slots_of(num_tokens)
-                proposed = self._after.propose(count) if choice.proposes and not without_states else None
+                proposed = self._after.propose(count) if choice.proposes else None
         bring = self._draws.bring(rows, slots, result, 0, 0)
         kept: list[torch.Tensor] = []
 
@@ -137,14 +136,14 @@ class DecodeSteps:
             self._rows.write_tables(sent)
             graph()
             if keep_logits:
-                kept.append(self._decoder.last_logits(num_tokens).clone())
+                kept.append(self._decoder.last_logits(count).clone())
 
         def choose() -> None:
             if kept:
-                self._draws.draw(kept[0], slots, self._rows.inputs.lengths[:num_tokens], edited=True)
+                self._draws.draw(kept[0], sent.slots, self._rows.inputs.lengths[:count], edited=True)
             elif edited is not None:  # the graph drew as if a temperature were all
                 edited()
-            if without_states:
+            if kept and self._after is not None and self._after.by_model:  # hidden states are no longer there
                 self._draws.take_in(self._rows.slots_of(count), first_without=count)
             elif accepted is not None:
                 accepted()

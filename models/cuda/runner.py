@@ -229,8 +229,9 @@ class CudaRunner:
         return self.launch_chosen(rows, self.choose(rows))
 
     def choose(self, rows: Sequence[Row]) -> BudgetChoice | None:
-        """For the launch of these rows: the tokens of those that decode, drafts included; None: as many as rows. It
-        depends on what steps took here, so of several ranks one chooses."""
+        """For the launch of these rows: the tokens of those that decode, drafts included; None: as many as rows, and so
+        it is where logits are kept until masks come, while parts of prompts are computed. It depends on what steps took
+        here, so of several ranks one chooses."""
         if self.drafts is None:
             return None
         for row in rows:
@@ -238,7 +239,8 @@ class CudaRunner:
                 self.budget.begin(row.slot)
         rows = self._share_masks(rows)
         decode, chunks = [row for row in rows if decodes(row)], [row for row in rows if not decodes(row)]
-        if not decode or self._bind().mixed.takes(decode, chunks):
+        masked = any(row.draw is not None and row.draw.is_masked for row in rows)
+        if not decode or (masked and chunks) or self._bind().mixed.takes(decode, chunks):
             return None
         certain = {
             row.slot: len(row.draw.forced) - (not row.token_ids)  # the first one is drawn by a step in flight

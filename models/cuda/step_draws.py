@@ -57,10 +57,11 @@ class StepDraws:
         had no drafts. Nothing without drafts."""
         if self._drafts is None:
             return
+        drawn = self.drawn[: len(slots)]
         if self._eagle is None:
-            self._drafts.take_in(self.drawn, slots, first_without=first_without)
+            self._drafts.take_in(drawn, slots, first_without=first_without)
         else:
-            self._drafts.accept(self.drawn, slots, first_without=first_without)
+            self._drafts.accept(drawn, slots, first_without=first_without)
             self._eagle.forget(slots, self._drafts, self._slots.tables, self._block_tokens)
 
     def bring(

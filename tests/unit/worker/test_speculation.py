@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,16 @@ def test_a_sequence_whose_drafts_are_never_accepted_has_few():
     requests = {"greedy": SamplingSpec(max_tokens=48, temperature=0.0)}
     answers = DemoWorker(100).answers(requests, PROMPT)
     worker = DemoWorker(100, drafter=Always((5,)), speculate="ngram", speculate_tokens=4)
+    take_in, cooled = worker.role.take_in, set()
+
+    def look(*step: Any) -> None:
+        take_in(*step)
+        worker.role.report()
+        cooled.add(worker.role.counters.spec_decode_cooled_sequences)
+
+    worker.role.take_in = look  # type: ignore[method-assign]
     assert worker.answers(requests, PROMPT) == answers
+    assert cooled == {0, 1}
     assert 16 <= worker.role.counters.spec_decode_num_drafts <= 16 + 32 // 8 + 1
 
 

@@ -72,7 +72,7 @@ def test_drafts_beside_masks(make_model):
     folder = make_model("llama", num_hidden_layers=1).folder
     late, plain = make(folder, max_rows=3, most_drafts=3, mixed_tokens=64, deterministic=True)
     ahead, count, prompt = Ahead(late, most_drafts=3), 14, [9, 8, 7, 6, 5, 4]
-    ahead.forced = {place: (7 * place) % 131 for place in (*range(9, 14), *range(17, 20))}
+    ahead.forced = {place: (7 * place) % 131 for place in (*range(8, 11), *range(13, 18))}
     params = {"grammar": GRAMMAR, "temperature": 1.1, "seed": 6, "frequency_penalty": 0.9}
     masked = one_after_the_other(plain, prompt, [20, 21], count, ahead.forced, **params)
     free = one_after_the_other(plain, [1, 2, 3], [20, 21], count, **SEEDED)
@@ -92,7 +92,7 @@ def test_drafts_beside_masks(make_model):
     for slot, right in ((1, free), (2, other)):
         found = ahead.generated(slot)
         assert found[: len(right)] == right[: len(found)]
-    assert ahead.sources["grammar"] >= 3 and ahead.sources["prediction"] >= 3
+    assert ahead.sources["grammar"] >= 3 and ahead.sources["prediction"] >= 2, ahead.sources
 
 
 SIZES = {1: 4.2, 2: 4.2, 4: 4.2, 8: 4.3, 16: 4.3, 24: 4.4, 32: 4.5, 48: 4.6, 64: 4.8, 96: 5.2, 128: 5.8}
