@@ -2,25 +2,19 @@
 
 A turn of the loop happens at one instant, and its step takes as long as the latency model predicts. The effects that
 follow the step (messages to proxy and exchange, the load report) are delayed until the step ends, and input that
-arrives meanwhile waits for the next turn, as it does in a process with a separate I/O thread.
+arrives meanwhile waits for the next turn, as it does in a process with a separate I/O thread (`delayed`).
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
+from collections.abc import Callable, Set
+from itertools import accumulate, pairwise
 from typing import NamedTuple
-
-import msgspec
-import numpy as np
 
 from baton.decode.role import DecodeRole, decode_loop
 from baton.decode.settings import DecodeSettings
-from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
@@ -29,24 +23,23 @@ from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.reshard import Cut
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
-from baton.models.batch import DeviceTime, Drawn, Row
 from baton.models.config import FULL_STEP_TOKENS
-from baton.node.counters import TransferCounters
 from baton.node.endpoint import identity_of
-from baton.node.errors import InvariantBroken
 from baton.node.membership import Membership
-from baton.node.messages.base import Message, Role
-from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Reserved, Tokens
+from baton.node.messages.base import Role
+from baton.node.messages.control import Load, Register
 from baton.prefill.role import prefill_loop
 from baton.prefill.settings import PrefillSettings
 from baton.simulator.adapters import RANK, AdapterTraffic, SimSlots, sim_adapters
-from baton.simulator.latency import Profile, RowWork
+from baton.simulator.delayed import DelayedIo, DelayedJournal
+from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
-from baton.simulator.parallel import WorkerSize, hand_over_s
+from baton.simulator.parallel import WorkerSize
+from baton.simulator.runner import SimRunner, token_of
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
 from baton.worker.adapter_slots import AdapterRead
-from baton.worker.io_thread import Command, Inbound, IoThread
+from baton.worker.io_thread import IoThread
 from baton.worker.loop import Loop
 from baton.worker.parts import NO_ADAPTERS, Adapters, Parts
 from baton.worker.prefix_loading import PrefixLoader
@@ -54,16 +47,8 @@ from baton.worker.sequence import Sequence as WorkerSequence
 
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")
-VOCAB_SIZE = (1 << 31) - 1
-"""A token id is the request's seed plus the number of tokens generated before."""
 LOOK_S = 1.0
 """A worker that holds something but has no step to do looks for passed deadlines so often."""
-INSTANT_S = 1e-9
-"""No step takes no time at all."""
-MAX_AHEAD = 64
-"""Steps that a worker is left alone for at most."""
-TokenKey = tuple[str, str, int]
-"""Link, request and attempt."""
 SOON_S = 1e-5
 """A turn that changed something without a step is followed by another at once; not at the same instant, for ever."""
 
@@ -74,247 +59,6 @@ class Sharing(NamedTuple):
     size: WorkerSize
     by_layer: bool
     """Planes move layers of units, since some worker has stages."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimModel:
-    vocab_size: int = VOCAB_SIZE
-    full_step_tokens: int = FULL_STEP_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class SimStep:
-    """A launched step. Reading it waits for its end."""
-
-    runner: SimRunner
-    seconds: float
-    """That it takes or, of several stages, at which it ends."""
-    drawn: list[Drawn | None]
-    device_time: DeviceTime | None = None
-    prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
-
-    masked_drafts: Sequence[Sequence[int]] = ()
-
-    def complete(self, masks: np.ndarray) -> None:
-        raise InvariantBroken("simulated requests have no grammars")
-
-    def read(self) -> list[Drawn | None]:
-        self.runner.end(self.seconds)
-        return self.drawn
-
-
-class SimRunner:
-    """A runner that samples without computing. `step_s` is the time of the steps read since `begin`.
-
-    Each step is read before the next is launched: with no time between them, running ahead would make no difference.
-    Of several stages each is at another step.
-    """
-
-    config = SimModel()
-
-    def __init__(self, profile: Profile, stages: int, clock: Callable[[], float], adapter_s: float = 0.0) -> None:
-        """adapter_s: that each adapter of a step takes."""
-        self._adapter_s = adapter_s
-        self.step_s = 0.0
-        self.busy_s = 0.0
-        self.run_ahead = stages - 1
-        self._profile, self._stages, self._clock = profile, stages, clock
-        self._ends_at = 0.0
-        """When the last stage is at its end with the last step."""
-
-    def begin(self) -> None:
-        self.step_s = 0.0
-
-    def launch(self, rows: Sequence[Row]) -> SimStep:
-        seconds = max(INSTANT_S, self._profile.step_s([RowWork(row.start, row.num_new) for row in rows]))
-        seconds += self._adapter_s * len({row.adapter for row in rows if row.adapter is not None})
-        drawn = [_draw(row) for row in rows]
-        if self._stages == 1:
-            return SimStep(self, seconds, drawn)
-        began_at, part_s = self._clock(), seconds / self._stages
-        self.spend(part_s)  # of the first stage
-        handed_s = hand_over_s(self._profile, sum(row.num_new for row in rows)) * (self._stages - 1)
-        self._ends_at = max(began_at + seconds + handed_s, self._ends_at + part_s)
-        return SimStep(self, self._ends_at, drawn)
-
-    def end(self, seconds: float) -> None:
-        """Wait for a step: of so many seconds or, of several stages, until then."""
-        self.spend(seconds if self._stages == 1 else max(INSTANT_S, seconds - self._clock()))
-
-    def spend(self, seconds: float) -> None:
-        self.step_s += seconds
-        self.busy_s += seconds
-
-    def alike(self, running: Sequence[WorkerSequence]) -> list[float]:
-        """Seconds of the next steps, while each draws one token of each of these, up to one with a last token."""
-        batch, context = len(running), sum(each.num_tokens for each in running)
-        left = min((each.sampling.max_tokens - each.num_generated for each in running), default=0)
-        contexts = range(context, context + batch * min(left, MAX_AHEAD), batch) if batch else ()
-        return [max(INSTANT_S, self._profile.decode.seconds(each, batch)) for each in contexts]
-
-    def skip(self, steps: Sequence[float]) -> None:
-        """Steps of these seconds were made without it."""
-        self.busy_s = functools.reduce(operator.add, steps, self.busy_s)
-
-
-def _draw(row: Row) -> Drawn | None:
-    if row.draw is None:
-        return None
-    return Drawn((token_of(row.draw.sampling.seed, row.draw.num_generated),))
-
-
-def token_of(seed: int, index: int) -> int:
-    """The token that every worker samples as number `index` of the request with this seed."""
-    return (seed + index) % VOCAB_SIZE
-
-
-class LateTokens:
-    """Tokens of ended steps, with their times, which wait until one of their request must arrive: its first or last.
-
-    Nothing depends on when the proxy gets the others. The network records when each token would have arrived, so that
-    the client's records do not show the delay.
-    """
-
-    def __init__(self, network: Network, io: IoThread) -> None:
-        self._network = network
-        self._io = io
-        self._unsent: dict[TokenKey, list[tuple[Tokens, Sequence[float]]]] = {}
-        self._due: dict[TokenKey, None] = {}
-
-    @property
-    def due(self) -> bool:
-        return bool(self._due)
-
-    def put(self, link: str, bundle: Bundle, stamp: float) -> None:
-        for tokens in bundle.tokens:
-            self.put_many(link, tokens, (stamp,) * len(tokens.ids))
-
-    def put_many(self, link: str, tokens: Tokens, stamps: Sequence[float]) -> None:
-        """Tokens of several steps of one request, each with its time."""
-        key = (link, tokens.request_id, tokens.attempt)
-        self._unsent.setdefault(key, []).append((tokens, stamps))
-        if tokens.finish or tokens.stages is not None:
-            self._due[key] = None
-
-    def flush(self) -> None:
-        """Pass what is due to the I/O thread, which sends it at this instant."""
-        due, self._due = self._due, {}
-        bundles: dict[str, list[Tokens]] = {}
-        for key in due:
-            bundles.setdefault(key[0], []).append(self._joined(self._unsent.pop(key)))
-        for link, tokens in bundles.items():
-            self._io.send(link, Bundle(tokens=tuple(tokens)))
-
-    def flush_all(self) -> None:
-        self._due = dict.fromkeys(self._unsent)
-        self.flush()
-
-    def _joined(self, parts: list[tuple[Tokens, Sequence[float]]]) -> Tokens:
-        first, last = parts[0][0], parts[-1][0]
-        ids = tuple(chain.from_iterable(tokens.ids for tokens, _ in parts))
-        stamps = list(chain.from_iterable(stamps for _, stamps in parts))
-        self._network.note_late(first.request_id, first.index, stamps)
-        stages = next((tokens.stages for tokens, _ in parts if tokens.stages is not None), None)
-        return msgspec.structs.replace(first, ids=ids, finish=last.finish, stages=stages)
-
-
-class DelayedIo:
-    """The I/O thread as seen by the loop: calls that follow a step are delayed until the step has ended."""
-
-    def __init__(self, io: IoThread, runner: SimRunner, network: Network) -> None:
-        self.load = Load()
-        self.late_tokens = LateTokens(network, io)
-        self._io = io
-        self._runner = runner
-        self._after: list[Callable[[float], None]] = []
-
-    @property
-    def heartbeat_at(self) -> float:
-        """Always due: the host reads the load after each turn."""
-        return 0.0
-
-    def report(self, load: Load, last_message_at: float) -> None:
-        self._when_due(lambda _: self._report(load, last_message_at))
-
-    def receive(self, wait_s: float) -> list[Inbound]:
-        return self._io.receive(0.0)
-
-    def do(self, command: Command) -> None:
-        self._when_due(lambda _: self._io.do(command))
-
-    def send(self, link: str, *messages: Message) -> None:
-        if len(messages) == 1 and isinstance(bundle := messages[0], Bundle):
-            self._after.append(lambda stamp: self.late_tokens.put(link, bundle, stamp))
-        else:
-            self._when_due(lambda _: self._send(link, *messages))
-
-    def yield_gil(self, wait_s: float) -> None:
-        """Does nothing: there is no thread."""
-
-    @property
-    def transfer_counters(self) -> TransferCounters:
-        return self._io.transfer_counters
-
-    def drain(self) -> None:
-        self._io.drain()
-
-    def step_is_over(self, stamp: float) -> None:
-        """Pass on the delayed calls; the step ended at `stamp`."""
-        self._runner.begin()
-        due, self._after = self._after, []
-        for call in due:
-            call(stamp)
-
-    def skipped(self, steps: int, tokens: int, free_blocks: int, began_at: float) -> None:
-        """Report steps that no turn has made; the last of them began at `began_at`."""
-        counted = self.load.counters
-        more = {"steps": counted["steps"] + steps, "generated_tokens": counted["generated_tokens"] + tokens}
-        counters, num_steps = {**counted, **more}, self.load.steps + steps
-        load = msgspec.structs.replace(self.load, steps=num_steps, free_blocks=free_blocks, counters=counters)
-        self._report(load, began_at)
-
-    def _send(self, link: str, *messages: Message) -> None:
-        if not all(isinstance(message, Reserved) for message in messages):
-            self.late_tokens.flush_all()  # it may end the request
-        self._io.send(link, *messages)
-
-    def _report(self, load: Load, last_message_at: float) -> None:
-        self.load = load
-        self._io.report(load, last_message_at)
-
-    def _when_due(self, call: Callable[[float], None]) -> None:
-        if self._runner.step_s:
-            self._after.append(call)
-        else:
-            call(0.0)
-
-
-class DelayedJournal:
-    """A block journal in which the blocks that a step computes appear when the step has ended."""
-
-    def __init__(self, journal: BlockJournal, runner: SimRunner) -> None:
-        self._journal = journal
-        self._runner = runner
-        self._after: list[tuple[Callable[[bytes], None], bytes]] = []
-
-    def stored(self, block_hash: bytes) -> None:
-        self._note(self._journal.stored, block_hash)
-
-    def removed(self, block_hash: bytes) -> None:
-        self._note(self._journal.removed, block_hash)
-
-    def step_is_over(self) -> bool:
-        """Whether the step had changed anything."""
-        due, self._after = self._after, []
-        for note, block_hash in due:
-            note(block_hash)
-        return bool(due)
-
-    def _note(self, note: Callable[[bytes], None], block_hash: bytes) -> None:
-        if self._runner.step_s:
-            self._after.append((note, block_hash))
-        else:
-            note(block_hash)
 
 
 class Host:

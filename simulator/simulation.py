@@ -16,12 +16,13 @@ from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.settings import ProxySettings
 from baton.simulator.adapters import AdapterTraffic
-from baton.simulator.host import PROXY, Host, Sharing, token_of
+from baton.simulator.host import PROXY, Host, Sharing
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
 from baton.simulator.parallel import ONE, WorkerSize, of_size
 from baton.simulator.ramp import Autoscale
 from baton.simulator.record import RequestRecord
+from baton.simulator.runner import token_of
 from baton.simulator.store import Capacity, HostStore
 from baton.simulator.workload import SimRequest
 from baton.simulator.world import VirtualLoop, World
