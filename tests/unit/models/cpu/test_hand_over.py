@@ -74,8 +74,8 @@ def by_planes(prefill: Prefill, pool: BlockPool, cut: Cut) -> None:
     def make(name: str, memory, identity: str) -> ShmPlane:  # type: ignore[no-untyped-def]
         return ShmPlane(memory)
 
-    (sender,) = planes_by_layer(prefill.cut, prefill.pools.pools, ["shm"], make, "prefill")
-    (receiver,) = planes_by_layer(cut, [pool], ["shm"], make, "decode")
+    (sender,) = planes_by_layer(prefill.cut, prefill.pools.pools, prefill.pools.layers_digest, ["shm"], make, "prefill")
+    (receiver,) = planes_by_layer(cut, [pool], pool.layers_digest, ["shm"], make, "decode")
     assert receiver.reaches(sender.describe())
     receiver.connect("prefill", sender.describe())
     receiver.post_receive("prefill", ChunkKey(b"x" * 16, 0, 0), SOURCE, TARGET)
