@@ -29,7 +29,7 @@ def launches() -> None:
     few_launches()
     compile_sm90.decode(32, 8, 128, 64, compile_sm90.PARTS, pdl=True)
     compile_sm90.decode(32, 8, 128, 64, compile_sm90.PARTS, pdl=True)
-    compile_sm90.prefill_gluon(64, False)
+    compile_sm90.gated_product()
 
 
 def main() -> None:
