@@ -120,6 +120,10 @@ class DealerWatch:
             self._pause_s = min(2 * self._pause_s, DIAL_AGAIN_S[1])
             sockets.dial(self._dealer, self._dialed, instead_of=self._dialed)
 
+    @property
+    def is_established(self) -> bool:
+        return self._established
+
     def close(self) -> None:
         sockets.close_monitor(self._dealer, self._monitor)
 

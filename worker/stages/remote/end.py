@@ -22,7 +22,7 @@ from baton.worker.stages.remote.messages import (
 )
 
 
-class RemoteEnd:
+class RemotePlaneEnd:
     """planes.base.Plane. `take` may be called by any thread; the rest by the plane's owner."""
 
     pulls = False

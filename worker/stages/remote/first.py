@@ -27,7 +27,7 @@ from baton.worker.io_thread import RankLost
 from baton.worker.ranks.members import LOAD_S, LOST_S, NO_RANKS, Deliver, Ranks
 from baton.worker.ranks.messages import BEAT_S, ModelPart
 from baton.worker.stages.remote.copies import FromStage, decode_given
-from baton.worker.stages.remote.end import RemoteEnd
+from baton.worker.stages.remote.end import RemotePlaneEnd
 from baton.worker.stages.remote.links import ParcelLink
 from baton.worker.stages.remote.messages import (
     FROM_STAGE,
@@ -86,7 +86,7 @@ class RemoteStages:
         """Those that have joined, in order: the first of them is stage 1."""
         self._loaded: dict[str, StageLoaded] = {}
         self._answers: SimpleQueue[tuple[str, StageMessage] | PeerLost] = SimpleQueue()
-        self._ends: dict[str, RemoteEnd] = {}
+        self._ends: dict[str, RemotePlaneEnd] = {}
         self._take_sums: TakeSums = lambda stage, blocks, sums: None
         self._take_answer: Callable[[FromStage], None] = lambda answer: None
         self._ranks: Ranks = NO_RANKS
@@ -257,8 +257,8 @@ class RemoteStages:
             found.append((peer, message))
         return found
 
-    def _end(self, peer: str, address: PlaneAddress, num_rows: int) -> RemoteEnd:
-        end = self._ends[peer] = RemoteEnd(address, num_rows, partial(self._transport.send, peer))
+    def _end(self, peer: str, address: PlaneAddress, num_rows: int) -> RemotePlaneEnd:
+        end = self._ends[peer] = RemotePlaneEnd(address, num_rows, partial(self._transport.send, peer))
         return end
 
     def _send_parcel(self, number: int, channel: Channel, record: bytes, data: Bytes) -> None:

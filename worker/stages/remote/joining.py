@@ -149,7 +149,7 @@ class FirstStageLink:
 
     def work(self) -> float:
         now = time.monotonic()
-        if not self._joined and now >= self._join_at:
+        if not self._joined and self._transport.is_connected and now >= self._join_at:
             self._join_at = now + JOIN_EVERY_S
             self.send(StageJoin(version=STAGE_VERSION))
         if self._plane is None:

@@ -47,7 +47,6 @@ class StageJoin(Base, frozen=True):
     """A process that would be a stage; repeated until answered."""
 
     version: Small
-    device: Annotated[str, Meta(max_length=16)] = "cpu"
 
 
 class StageRefused(Base, frozen=True):

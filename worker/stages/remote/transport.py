@@ -52,11 +52,11 @@ OPTIONS = Options(
     heartbeat_timeout_ms=15_000,
     handshake_ms=5_000,
     queued_messages=64,
-    immediate=True,
 )
+"""Not `immediate`, by which libzmq drops what has arrived and was not read when a connection breaks."""
 
 
-class Handler(Protocol):
+class TransportHandler(Protocol):
     """What uses a transport. The transport's thread makes all calls."""
 
     def on_message(self, peer: str, message: StageMessage) -> None: ...
@@ -75,7 +75,7 @@ class Handler(Protocol):
 
 
 @dataclass(slots=True)
-class Incoming:
+class IncomingParcel:
     """A parcel of which pieces are missing."""
 
     parcel: Parcel
@@ -87,7 +87,7 @@ class Incoming:
 
 
 @dataclass(slots=True)
-class Link:
+class TransportLink:
     """An end that this one has a conversation with."""
 
     heard_at: float
@@ -95,14 +95,14 @@ class Link:
     """What a message begins with: the id of its connection, at a ROUTER."""
     num_sent: int = 0
     num_received: int = 0
-    incoming: Incoming | None = None
+    incoming: IncomingParcel | None = None
     outbox: deque[list[Bytes]] = field(default_factory=deque)
 
 
 class Transport:
     """One end: of the first stage, bound at an address, or of another one, connected to it as `identity`."""
 
-    def __init__(self, context: Context, address: str, handler: Handler, *, identity: str = "") -> None:
+    def __init__(self, context: Context, address: str, handler: TransportHandler, *, identity: str = "") -> None:
         """SettingsError if the address cannot be used. `begin` starts the thread."""
         self._handler = handler
         self._watch: RouterWatch | DealerWatch
@@ -119,7 +119,7 @@ class Transport:
         self.rejected = 0
         """Messages that were none, or of no peer."""
         self._context = context
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, TransportLink] = {}
         self._silent_s = SILENT_S
         self._beat_at = self._watched_at = 0.0
         self.turned_at = time.monotonic()
@@ -132,6 +132,11 @@ class Transport:
     @property
     def address(self) -> str:
         return sockets.bound_address(self._socket)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this end's DEALER has a connection."""
+        return isinstance(self._watch, DealerWatch) and self._watch.is_established
 
     def begin(self) -> None:
         self._thread.start()
@@ -170,7 +175,7 @@ class Transport:
 
     def open(self, peer: str, connection: Sequence[bytes] = ()) -> None:
         """From now on messages of this peer are numbered, and it must not be silent."""
-        self._links[peer] = Link(time.monotonic(), list(connection))
+        self._links[peer] = TransportLink(time.monotonic(), list(connection))
 
     def connection_of(self, peer: str) -> list[bytes]:
         """What a message to a peer that is heard begins with."""
@@ -275,7 +280,7 @@ class Transport:
             if link is not None:
                 self.lose(peer, str(error))
 
-    def _follow(self, peer: str, link: Link, number: int, message: StageMessage, data: bytes) -> None:
+    def _follow(self, peer: str, link: TransportLink, number: int, message: StageMessage, data: bytes) -> None:
         link.heard_at = time.monotonic()
         link.num_received += 1
         if number != link.num_received:
@@ -283,7 +288,7 @@ class Transport:
         if isinstance(message, Parcel):
             if link.incoming is not None:
                 raise PeerLost("a parcel begins within another one")
-            link.incoming = Incoming(message)
+            link.incoming = IncomingParcel(message)
         elif isinstance(message, ParcelPiece):
             if link.incoming is None:
                 raise PeerLost("a piece of no parcel")

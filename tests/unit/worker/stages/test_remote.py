@@ -28,7 +28,7 @@ from baton.tests.integration.untrusted import one_of_each_stage_message
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.stages.remote.copies import SpreadCopies, StageCopies
-from baton.worker.stages.remote.end import RemoteEnd
+from baton.worker.stages.remote.end import RemotePlaneEnd
 from baton.worker.stages.remote.first import RemoteStages
 from baton.worker.stages.remote.joining import FirstStageLink, NotAPart, summing, written_blocks
 from baton.worker.stages.remote.messages import (
@@ -191,6 +191,16 @@ def test_a_stage_that_ends_is_lost_and_ends_what_waits_for_it(stack: ExitStack) 
         first.stages.following.send(b"rows")
 
 
+def test_a_stage_that_is_silent_is_lost(stack: ExitStack) -> None:
+    """Guards against a worker that waits for a host that is gone, whose connection stays."""
+    first = FirstStage(stack)
+    first.stages.watch(first.lost.put)
+    raw = RawStage(stack, first)
+    raw.join()
+    first.stages._transport.limit_silence(0.01)
+    assert first.lost_for() == "stage 1 does not answer"
+
+
 def test_a_worker_that_ends_says_so(stack: ExitStack) -> None:
     """Guards against stages that wait for a first stage that is gone, and end with an error at each drain."""
     first = FirstStage(stack)
@@ -271,7 +281,7 @@ def test_a_signal_to_a_stage_drains_the_worker(stack: ExitStack) -> None:
 def test_blocks_of_a_send_are_held_until_the_stage_has_let_go_of_them() -> None:
     """Guards against blocks that are written while another host still sends them."""
     sent: list[StageMessage] = []
-    end = RemoteEnd(ADDRESS, 100, sent.append)
+    end = RemotePlaneEnd(ADDRESS, 100, sent.append)
     first, second = ChunkKey(b"a" * 16, 0, 0), ChunkKey(b"b" * 16, 0, 0)
     end.post_send("d/1", first, [1])
     assert [done.ok for done in end.poll()] == [False], "it is not connected"
