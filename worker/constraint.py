@@ -104,7 +104,8 @@ class Constraint:
             if is_text:
                 self.is_broken |= not self._takes(token_id)
             if self._forced is not None:
-                self._forced = self._forced[1:] if self._forced[:1] == [token_id] else None
+                follows = self._forced[:1] == [token_id]
+                self._forced = (self._forced[1:] or None) if follows else None
 
     def _next(self, reached: _Reached, token_id: int) -> tuple[_Reached, bool]:
         """Behind one more token, and whether it is part of the grammar's text."""
@@ -137,7 +138,7 @@ class Constraint:
     @property
     def forced(self) -> Sequence[int]:
         """Tokens that come next, each the only one that is allowed in its place. A long text is looked up once."""
-        if not self._forced:
+        if self._forced is None:
             looks = self._reached.phase is _Phase.TEXT and not self.is_broken and not self._matcher.is_stopped()
             self._forced = self._matcher.compute_ff_tokens() if looks else []
         return self._forced

@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.cuda.runner import CudaRunner
 from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, table
-from baton.tests.unit.kernels.draft_checks import check_step
-from baton.tests.unit.models.cuda.ahead import Ahead
+from baton.tests.unit.kernels.draft_checks import check_offered, check_step
+from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +80,32 @@ def test_tokens_with_and_without_drafts_are_the_same(dtype):
                "verified": run.num_verified, "accepted": run.num_accepted})  # fmt: skip
 
 
+def test_drafts_beside_masks():
+    """Guards masks of drafted places, forced tokens, and the drafts that the host is given in time to make masks:
+    every other row has masks, and prompts are taken in beside them."""
+    chance, folder, rows, count = random.Random(5), locate_model("demo"), 8, 120
+    prompts = [[chance.randrange(2, 2000) for _ in range(chance.randrange(3, 60))] for _ in range(rows)]
+    found: list[list[list[int]]] = []
+    for most in (0, DRAFTS):
+        runner = make(folder, torch.bfloat16, max_rows=rows, deterministic=True, most_drafts=most)
+        run = Ahead(runner, most_drafts=most)
+        run.forced = {place: 2 + 7 * place % 999 for place in range(400) if place % 20 < 8}
+        for slot, prompt in enumerate(prompts):
+            if found and slot % 2 == 0:
+                run.predictions[slot] = [*prompt, *found[0][slot]]
+            masked = {"grammar": GRAMMAR} if slot % 2 else {}
+            run.start(slot, prompt, table(slot), temperature=slot % 4 * 0.3, seed=slot + 1, max_tokens=count, **masked)
+            run.launch([*range(slot + 1)], chunk=16)
+        while live := [slot for slot in range(rows) if len(run.known[slot]) < len(prompts[slot]) + count]:
+            run.launch(live)
+        found.append([run.generated(slot)[:count] for slot in range(rows)])
+    assert found[0] == found[1]
+    assert run.num_accepted > run.num_verified // 2 and run.sources["grammar"] > rows, run.sources
+    print({"steps": run.num_steps, "verified": run.num_verified, "accepted": run.sources})
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_kernels_of_drafts(seed):
     """Guards what a GPU's kernels do where the interpreter is more lenient."""
     check_step("cuda:0", seed, spare=(0, 3, 7, 40)[seed % 4])
+    check_offered("cuda:0", seed)
