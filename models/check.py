@@ -44,14 +44,12 @@ def check(
                 Checkpoint.open(each)
 
 
-def check_adapters(config: ModelConfig, num_stages: int = 1) -> None:
+def check_adapters(config: ModelConfig) -> None:
     """SettingsError for a model that takes no adapters."""
     if config.through:
         raise SettingsError(f"--max-loras: {config.architecture} runs through transformers, without adapters")
     if config.latent is not None:
         raise SettingsError(f"--max-loras: {config.architecture} has latent attention, which takes no adapters")
-    if num_stages > 1:
-        raise SettingsError(f"--max-loras: the stages of --pp {num_stages} take no adapters")
 
 
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:

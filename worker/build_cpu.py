@@ -43,6 +43,7 @@ from baton.worker.ranks.loading import load_part
 from baton.worker.ranks.members import NO_RANKS, NoRanks, Ranks, pool_made
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.settings import WorkerSettings, WorkerSizes
+from baton.worker.stages.adapters import StagedSlots
 from baton.worker.stages.group import StageGroup
 from baton.worker.stages.remote.copies import SpreadCopies
 from baton.worker.stages.remote.first import RemoteStages
@@ -101,7 +102,9 @@ def load_model(
             "turn, so only prefill workers have more; --tp shares out a decode worker"
         )
     if settings.max_loras:
-        check_adapters(model_config(folder), settings.pp)
+        check_adapters(model_config(folder))
+        if settings.stages_bind:
+            raise SettingsError("--max-loras: stages on other hosts (--stages-bind) take no adapters")
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:
@@ -255,7 +258,8 @@ def _in_stages(
         return planes_by_layer(cut, pools.pools, pools.layers_digest, names, make, identity)
 
     runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
-    return _loaded(settings, first, runner, pools, layout, make_planes, HostCopies(pools), stages)
+    loaded = _loaded(settings, first, runner, pools, layout, make_planes, HostCopies(pools), stages)
+    return replace(loaded, adapter_slots=StagedSlots(first.adapters, stages.following))
 
 
 def _in_remote_stages(

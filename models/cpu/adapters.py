@@ -9,7 +9,7 @@ Rows without an adapter are computed as in a step without adapters, bit for bit:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from baton.models.adapters.flat import Directory, flatten, view
 from baton.models.config import ModelConfig
 from baton.models.cpu.peers import NO_PEERS, FilledSlot, RankMemory, RankPeers
 from baton.models.layers import describe
+from baton.models.partition import ONLY_STAGE, Stage
 from baton.node.errors import AdapterError, InvariantBroken
 
 NO_SLOT = -1
@@ -131,24 +132,30 @@ class CpuAdapterSlots:
         num_slots: int = 0,
         max_rank: int = 0,
         peers: RankPeers = NO_PEERS,
+        stage: Stage = ONLY_STAGE,
     ) -> None:
-        """peers: the other ranks, whose slots are filled as rank 0's are."""
+        """peers: the other ranks, whose slots are filled as rank 0's are. stage: whose layers are computed."""
         self.num_slots = num_slots
         self._config, self._dtype, self._max_rank, self._peers = config, dtype, max_rank, peers
-        shapes = describe(config, peers.rank) if num_slots else ()
+        self._layers = stage.layers(config.num_layers)
+        shapes = describe(config, peers.rank, stage) if num_slots else ()
         self._products = tuple(layer_products(shape, config.hidden_size) for shape in shapes)
         self._slots: list[CpuAdapter | None] = [None] * num_slots
 
     def prepare(self, adapter: Adapter) -> FlatAdapter:
+        return self.prepare_in(adapter, self._peers.allocate)
+
+    def prepare_in(self, adapter: Adapter, allocate: Callable[[int], RankMemory]) -> FlatAdapter:
+        """The same in the memory that `allocate` gives."""
         if adapter.rank > self._max_rank:
             raise AdapterError(f"the adapter has rank {adapter.rank}, more than --max-lora-rank {self._max_rank}")
         memories: list[RankMemory] = []
 
-        def allocate(size_bytes: int) -> torch.Tensor:
-            memories.append(self._peers.allocate(size_bytes))
+        def tensor_of(size_bytes: int) -> torch.Tensor:
+            memories.append(allocate(size_bytes))
             return memories[0].tensor
 
-        _, directory = flatten(adapter, self._dtype, allocate)
+        _, directory = flatten(adapter, self._dtype, tensor_of)
         return FlatAdapter(memories[0], directory)
 
     def fill(self, slot: int, adapter: PreparedAdapter) -> Fill:
@@ -164,7 +171,7 @@ class CpuAdapterSlots:
         share = share_of(adapter, self._config, self._peers.rank)
         layers = tuple(
             {name: found for name, shape in shapes.items() if (found := _placed(layer.product(name), shape.outputs))}
-            for layer, shapes in zip(share.layers, self._products, strict=True)
+            for layer, shapes in zip(share.layers[self._layers.start : self._layers.stop], self._products, strict=True)
         )
         head = _placed(share.lm_head, (self._config.vocab_size,))
         wholes = share.whole_embedding, share.whole_head, share.norms

@@ -78,7 +78,8 @@ class DenseDecoder:
             for rope, frequencies in self._frequencies.items()
         }
         residual = self._embed(step.token_ids, adapters) if step.entering is None else step.entering  # [N, hidden]
-        shared = self._peers, adapters, self._tap, self._stage.is_last
+        first_norm = 2 * self._stage.layers(config.num_layers).start
+        shared = self._peers, adapters, self._tap, self._stage.is_last, first_norm
         ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, *shared)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
@@ -108,12 +109,14 @@ class _StepOps:
         adapters: RowAdapters,
         tap: Tap,
         is_last: bool,
+        first_norm: int,
     ) -> None:
-        """ropes: the rotations of the step's positions; is_last: logits are made of what the layers leave."""
+        """ropes: the rotations of the step's positions; is_last: logits are made of what the layers leave; first_norm:
+        the number of the first norm, two a layer."""
         self._tap = tap
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
         self._residual, self._peers, self._adapters = residual, peers, adapters
-        self._is_last, self._layer, self._num_norms = is_last, 0, 0
+        self._is_last, self._layer, self._num_norms = is_last, 0, first_norm
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
         return self._adapted(kernels.rms_norm(self._residual, weight, self._eps))

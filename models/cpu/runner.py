@@ -119,7 +119,7 @@ class ModelRunner:
         check_partition(config, peers.rank.count)
         check_stages(config, stage.count)
         if max_loras:
-            check_adapters(config, stage.count)
+            check_adapters(config)
         decoder: Decoder
         eagle_config = None if eagle is None else read_eagle(eagle, config)
         drafts = None
@@ -147,7 +147,7 @@ class ModelRunner:
                 drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
             decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap, stage)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
-        adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank, peers)
+        adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank, peers, stage)
         return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts, stage=stage)
 
     @property

@@ -78,10 +78,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 @pytest.fixture(scope="module")
 def cluster(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two slots for three adapters; few blocks, so that sequences are preempted; two proxies, of which each request
-    reaches any; prefill on two ranks."""
+    reaches any; prefill in two stages of two ranks."""
     with Cluster(
         decode=2,
-        prefill_args=("--tp", "2"),
+        prefill_args=("--tp", "2", "--pp", "2"),
         proxies=2,
         proxy_args=(
             *("--local-prefill", "never", "--lora-modules", f"one={adapters.root / 'one'}"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +22,7 @@ from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken
 from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.members import shared_bytes
+from baton.worker.ranks.messages import SharedBytes
 from baton.worker.ranks.records import FillRecord, RecordDecoder, encode_fill, encode_rows
 
 SLOT_BYTES = 4 << 20
@@ -35,14 +37,28 @@ def memory_bytes(count: int) -> int:
     return 2 * count * SLOT_BYTES
 
 
+@dataclass(frozen=True, eq=False)
 class AdapterMemory:
-    """RankMemory: of an adapter, in this process."""
+    """RankMemory of an adapter, in the process `pid`, as it lies in this one."""
 
-    def __init__(self, size_bytes: int) -> None:
+    tensor: torch.Tensor
+    shared: SharedBytes
+    pid: int
+
+    @classmethod
+    def made(cls, size_bytes: int) -> AdapterMemory:
+        """In this process."""
         memory = HostMemory(1, size_bytes)
-        self.shared = shared_bytes(memory.shared)
-        self.tensor = torch.frombuffer(memory.view, dtype=torch.uint8)
-        weakref.finalize(self, memory.close)
+        found = cls(torch.frombuffer(memory.view, dtype=torch.uint8), shared_bytes(memory.shared), os.getpid())
+        weakref.finalize(found, memory.close)
+        return found
+
+    @classmethod
+    def of(cls, record: FillRecord) -> AdapterMemory:
+        """Mapped. PeerLost if that process is gone."""
+        shared = record.memory
+        reader = SharedReader(record.pid, SharedFile(shared.fd, shared.size_bytes, shared.nonce), writable=True)
+        return cls(torch.frombuffer(reader.view, dtype=torch.uint8), shared, record.pid)
 
 
 class ProcessPeers:
@@ -67,17 +83,15 @@ class ProcessPeers:
         found = self._records.decode(self.hear())
         if not isinstance(found, FillRecord):
             return found
-        shared = found.memory
-        reader = SharedReader(found.pid, SharedFile(shared.fd, shared.size_bytes, shared.nonce), writable=True)
-        return FilledSlot(found.slot, torch.frombuffer(reader.view, dtype=torch.uint8), found.directory)
+        return FilledSlot(found.slot, AdapterMemory.of(found).tensor, found.directory)
 
     def allocate(self, size_bytes: int) -> RankMemory:
-        return AdapterMemory(size_bytes)
+        return AdapterMemory.made(size_bytes)
 
     def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
         if not isinstance(memory, AdapterMemory):
             raise InvariantBroken("an adapter in memory that no other rank can map")
-        self.tell(encode_fill(FillRecord(slot, os.getpid(), memory.shared, directory)))
+        self.tell(encode_fill(FillRecord(slot, memory.pid, memory.shared, directory)))
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return self._exchanged(part, [part.shape[1]] * self.rank.count, sum_in_order)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -24,6 +25,7 @@ from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.loading import bind_pool, load_part
 from baton.worker.ranks.members import LOAD_S, beat
 from baton.worker.ranks.messages import PoolMade, RankReady, StageStart, decode, encode
+from baton.worker.stages.adapters import fill_as_first
 from baton.worker.stages.links import StageLink
 from baton.worker.stages.work import Entering, work
 
@@ -59,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
         threading.Thread(target=beat, args=(control,), name="beat", daemon=True).start()
         log_event(logger, "stage_started", stage=index, of=count, layers=runner.num_kv_layers, pid=os.getpid())
         freeze_startup_objects()
-        work(runner, Entering(before, count), after, index + 1 == count)
+        fill = partial(fill_as_first, runner.adapters)
+        work(runner, Entering(before, count), after, index + 1 == count, on_filled=fill)
     except SettingsError as error:
         print(f"{start.name}: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ import torch
 
 from baton.models.batch import Drawn, Row
 from baton.node.messages.control import PromptLogprob
+from baton.worker.ranks.records import FillRecord
 
 
 class StepDrawn(msgspec.Struct, frozen=True, array_like=True):
@@ -19,7 +20,7 @@ class StepDrawn(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]]
 
 
-_rows = msgspec.msgpack.Decoder(list[Row])
+_rows: msgspec.msgpack.Decoder[list[Row] | FillRecord] = msgspec.msgpack.Decoder(list[Row] | FillRecord)
 _drawn = msgspec.msgpack.Decoder(StepDrawn)
 
 
@@ -27,7 +28,8 @@ def encode_rows(rows: Sequence[Row]) -> bytes:
     return msgspec.msgpack.encode(list(rows))
 
 
-def decode_rows(record: bytes) -> list[Row]:
+def decode_rows(record: bytes) -> list[Row] | FillRecord:
+    """Of a step; or a slot that the first stage has filled, between two steps."""
     return _rows.decode(record)
 
 

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 
 from baton.models.batch import Launched, Row
-from baton.node.errors import PeerLost
+from baton.node.errors import InvariantBroken, PeerLost
+from baton.worker.ranks.records import FillRecord
 from baton.worker.stages.links import StepLink
 from baton.worker.stages.messages import (
     StepDrawn,
@@ -58,17 +59,29 @@ class Entering:
                 return
 
 
+def no_adapters(record: FillRecord) -> None:
+    """Of stages that take none."""
+    raise InvariantBroken(f"slot {record.slot} is filled, where there is none")
+
+
 def work(
     runner: StageRunner,
     entering: Entering,
     leaving: StepLink,
     is_last: bool,
     on_computed: Callable[[Sequence[Row]], None] = lambda rows: None,
+    on_filled: Callable[[FillRecord], None] = no_adapters,
 ) -> None:
-    """Ends with PeerLost. on_computed: called for each step before it leaves."""
+    """Ends with PeerLost. on_computed: called for each step before it leaves; on_filled: for each slot of an adapter
+    that the first stage has filled."""
     while True:
         record, data = entering.receive()
         rows = decode_rows(record)
+        if isinstance(rows, FillRecord):
+            on_filled(rows)
+            if not is_last:
+                leaving.send(record)
+            continue
         residual = residual_of(data, runner.dtype, sum(len(row.token_ids) for row in rows))
         if is_last:
             drawn = _drawn(runner.launch(rows, residual), rows, leaving)

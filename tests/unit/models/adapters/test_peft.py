@@ -15,6 +15,7 @@ from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.rank_threads import RankThreads
 from baton.tests.unit.models.conftest import LATENT
+from baton.tests.unit.models.cpu.test_stages import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
@@ -221,12 +222,32 @@ def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, seque
     assert known[0] != known[1]
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("embedding and head", 1), ("own norms, embedding", 2)])
+def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prompt):
+    """Guards against layers, norms, embeddings and heads of another stage."""
+    family, variant, options = ADAPTERS[name]
+    made = make_model(family, **variant)
+    adapter = make_adapter(made.reference, **options)
+    pipeline = Pipeline(made.folder, 2, ranks, max_loras=1, max_lora_rank=16)
+    pipeline.bind_pools()
+    read = read_adapter(adapter.folder, ModelConfig.from_folder(made.folder))
+    for stage in pipeline.stages:
+        if isinstance(stage, RankThreads):
+            stage.fill(0, read)
+        else:
+            stage.adapters.fill(0, stage.adapters.prepare(read))
+    known = list(prompt)
+    for _ in range(6):
+        new = known[-1:] if len(known) > len(prompt) else known
+        row = Row(new, len(known) - len(new), list(range(6)), GREEDY, adapter=0)
+        known += pipeline.launch([row]).read()[0].token_ids
+    assert logits_of(adapter.model, known, 6).argmax(-1).tolist() == known[len(prompt) :]
+
+
 def test_models_that_take_no_adapters_say_so(make_model):
     config = ModelConfig.from_folder(make_model("deepseek_v3", **LATENT).folder)
     with pytest.raises(SettingsError, match="latent attention, which takes no adapters"):
         check_adapters(config)
-    with pytest.raises(SettingsError, match="the stages of --pp 2 take no adapters"):
-        check_adapters(ModelConfig.from_folder(make_model("llama").folder), 2)
 
 
 def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):
