@@ -279,7 +279,7 @@ class Cluster:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def _get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers=self._headers, timeout=10, verify=NO_TLS)
+        return httpx.get(f"{self.url}{path}", headers=self._headers, timeout=60, verify=NO_TLS)
 
     def _sum(self, name: str) -> float:
         lines = [line for line in self.metrics() if line.startswith(f"{name}{{")]

@@ -159,7 +159,7 @@ def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> N
 def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
     """Guards against clients that send a part of a request and stall or disconnect."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
-    waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=5) for _ in range(20)]
+    waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=20) for _ in range(20)]
     for number, connection in enumerate(waiting):
         connection.sendall(head + b'{"model": "demo"' * (number % 3))
     for connection in waiting[::2]:
@@ -190,7 +190,7 @@ def test_random_bytes(cluster: Cluster) -> None:
     opened = []
     for port in all_ports(cluster).values():
         for length in (0, 1, 9, 10, 64, 65, 1000, 100_000):
-            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
             opened.append(connection)
             with contextlib.suppress(OSError):  # it may close while we send
                 connection.sendall(chance.randbytes(length))

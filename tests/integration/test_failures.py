@@ -316,7 +316,7 @@ class TestOneOfEachRole:
                 assert stream.error is not None and stream.error["code"] == "service_unavailable", stream.broken
         answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=20)
         assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
-        assert httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 503
+        assert httpx.get(f"{cluster.url}/ready", timeout=20).status_code == 503
         cluster.nodes.start_node(name)
         cluster.nodes.wait_ready(2)
         requests = mixed(2)

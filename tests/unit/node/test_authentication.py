@@ -21,7 +21,7 @@ from baton.node.messages.wire import MESSAGES
 from baton.node.sockets import Context
 from baton.testing.relay import Relay, Toward
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 KEYS, OTHER_KEYS = Keys(b"k" * 32), Keys(b"o" * 32)
 TOKENS = Tokens(request_id="r", attempt=0, index=0, ids=(1,))
 BEAT = Heartbeat(worker="d", incarnation=1, load=Load())

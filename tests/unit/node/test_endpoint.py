@@ -18,7 +18,7 @@ from baton.node.messages.control import Ping, Rejoin
 from baton.node.messages.transfer import Abort
 from baton.node.sockets import Context
 
-WAIT_S = 5.0
+WAIT_S = 60.0
 ABORT = Abort(transfer_id=b"t" * 16, reason="a test")
 
 

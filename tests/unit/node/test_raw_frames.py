@@ -21,7 +21,7 @@ from baton.node.messages.base import MAX_BODY_BYTES, encode
 from baton.node.messages.control import Rejoin
 from baton.node.sockets import Context
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 KEYS = Keys(b"k" * 32)
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
 MORE, LONG, COMMAND = 1, 2, 4

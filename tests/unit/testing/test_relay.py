@@ -13,7 +13,7 @@ from baton.testing.relay import FaultKind, LinkFault, Toward
 from baton.testing.relay_board import RelayBoard
 from baton.testing.relayed_process import ask_for_relay
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 class Echo:

@@ -51,7 +51,7 @@ class Bench:
     def settle(self, count: int) -> None:
         """Wait until this many reads and writes have ended."""
         for _ in range(count):
-            assert self.gated.news.acquire(timeout=10), "the disk's threads do not answer"
+            assert self.gated.news.acquire(timeout=60), "the disk's threads do not answer"
         self.world.run()
 
     def demote(self, *numbers: int) -> None:
@@ -177,14 +177,14 @@ def test_a_disk_that_cannot_be_opened_is_tried_again() -> None:
     world.put("a", 1)
     assert world.find("a", 1) == (RAM,) and world.find("a", 1) == (RAM,)
     for _ in range(2):
-        assert gated.news.acquire(timeout=10), "it is not tried again"
+        assert gated.news.acquire(timeout=60), "it is not tried again"
     assert disk.stats()["disk_open_failures"] >= 2 and "disk_stored" not in disk.stats()
     gated.refuse = False
     while not gated.tiers:
-        assert gated.news.acquire(timeout=10), "it is not tried again"
+        assert gated.news.acquire(timeout=60), "it is not tried again"
     world.find("a", 1)
     while not disk.stats()["disk_stored"]:
-        assert gated.news.acquire(timeout=10), "nothing is written"
+        assert gated.news.acquire(timeout=60), "nothing is written"
     disk.close()
 
 
@@ -193,6 +193,6 @@ def test_open_tiers_are_looked_after() -> None:
     gated = Gated()
     disk = Disk(gated.open, 1 << 20, gated.news.release, upkeep_s=0.001)
     World(host=Host(lower=disk)).join("a")
-    assert gated.news.acquire(timeout=10)
-    assert gated.maintained.acquire(timeout=10) and gated.maintained.acquire(timeout=10)
+    assert gated.news.acquire(timeout=60)
+    assert gated.maintained.acquire(timeout=60) and gated.maintained.acquire(timeout=10)
     disk.close()
