@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
-from baton.kernels.triton.decode_merge import merge_parts, sink_weights
+from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.launch import launch_options, require
@@ -199,15 +199,11 @@ def _decode_attention_kernel(
             place = softmax_ptr + part * 2 * GROUP + each % GROUP
             tl.store(place, top, mask=computes)
             tl.store(place + GROUP, total, mask=computes)
-            tl.debug_barrier()
-            before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if before == num_chunks - first_chunk - 1:
-                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
-                merge_parts(
-                    parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
-                    queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, AT_ONCE,
-                    sink_ptr + kv_head * GROUP, SINKS,
-                )  # fmt: skip
+            merge_by_the_last(
+                arrived_ptr + row * KV_HEADS + kv_head, parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM,
+                first_part, first_chunk, num_chunks, queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP,
+                GROUP_BLOCK, AT_ONCE, sink_ptr + kv_head * GROUP, SINKS,
+            )  # fmt: skip
         else:
             if SINKS:
                 total += sink_weights(sink_ptr + kv_head * GROUP, each % GROUP, computes, top)

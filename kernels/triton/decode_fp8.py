@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.decode_merge import merge_parts, sink_weights
+from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
 
@@ -244,15 +244,11 @@ def decode_fp8_attention_kernel(
             softmax_at = softmax_ptr + part * 2 * GROUP + each % GROUP
             tl.store(softmax_at, top, mask=computes)
             tl.store(softmax_at + GROUP, all_weights, mask=computes)
-            tl.debug_barrier()
-            before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if before == num_chunks - first_chunk - 1:
-                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
-                merge_parts(
-                    parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
-                    queries, row, following, HEADS * DIM, DIM, DIM, GROUP, GROUP_BLOCK, AT_ONCE,
-                    sink_ptr + kv_head * GROUP, SINKS,
-                )  # fmt: skip
+            merge_by_the_last(
+                arrived_ptr + row * KV_HEADS + kv_head, parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM,
+                first_part, first_chunk, num_chunks, queries, row, following, HEADS * DIM, DIM, DIM, GROUP,
+                GROUP_BLOCK, AT_ONCE, sink_ptr + kv_head * GROUP, SINKS,
+            )  # fmt: skip
         else:
             out_at = out_ptr + heads_at[:, None] + element[None, :]
             if SINKS:

@@ -1,4 +1,5 @@
-"""The parts of a sequence that several programs of decode attention left, merged in the order of its chunks."""
+"""The parts of a sequence that several programs of decode attention left, merged in the order of its chunks by the one
+that ends last."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def sink_weights(sink_ptr, head, inside, top):
 
 
 @triton.jit
-def merge_parts(
+def _merge_parts(
     parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE: tl.constexpr,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
     sink_ptr, SINKS: tl.constexpr,
@@ -58,3 +59,21 @@ def merge_parts(
             result = (merged / whole[:, None]).to(out_ptr.dtype.element_ty)
             out_at = out_ptr + own * ROW_STRIDE + head[:, None] * DIM + element[None, :]
             tl.store(out_at, result, mask=(head < GROUP)[:, None] & (element < DIM)[None, :])
+
+
+@triton.jit
+def merge_by_the_last(
+    arrived_ptr, parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following,
+    ROW_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, sink_ptr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Counts a program that has left its part, and sets the counter of the sequence and key head back to zero; the
+    other arguments are those of _merge_parts."""
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+    if before == end - first - 1:
+        tl.store(arrived_ptr, 0)
+        _merge_parts(
+            parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE, DIM, DIM_BLOCK,
+            GROUP, GROUP_BLOCK, AT_ONCE, sink_ptr, SINKS,
+        )  # fmt: skip
