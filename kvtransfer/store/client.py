@@ -99,7 +99,7 @@ class StoreClient:
         self._endpoint.connect(LINK, address, "store")
         self._deliver = deliver
         self._on_store = on_store
-        self._told_store = ""
+        self._announced_store = ""
         self._session = StoreSession(namespace, copies, lambda message: self._endpoint.send(LINK, message), deliver)
         self._todo: deque[Command] = deque()
         self._stopping = threading.Event()
@@ -161,6 +161,6 @@ class StoreClient:
         for _, message in inbound:
             self._session.on_message(message, now)
         self._session.work(time.monotonic)
-        if self._session.store != self._told_store:
-            self._told_store = self._session.store
-            self._on_store(self._told_store)
+        if self._session.store != self._announced_store:
+            self._announced_store = self._session.store
+            self._on_store(self._announced_store)

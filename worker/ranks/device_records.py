@@ -40,15 +40,18 @@ _decoder = msgspec.msgpack.Decoder(StepBegun | MasksCame)
 
 
 def encode_step(rows: Sequence[Row], choice: BudgetChoice | None = None) -> bytes:
+    """choice: of the drafts that the step verifies, where it verifies any."""
     known = [0 if row.draw is None else len(row.draw.history) for row in rows]
-    return msgspec.msgpack.encode(StepBegun([_told(row) for row in rows], known, choice))
+    return msgspec.msgpack.encode(StepBegun([_sendable(row) for row in rows], known, choice))
 
 
 def encode_masks(masks: np.ndarray) -> bytes:
+    """masks: int32 [rows, words]."""
     return msgspec.msgpack.encode(MasksCame(len(masks), np.ascontiguousarray(masks, dtype=np.int32).tobytes()))
 
 
 def decode_record(data: bytes) -> StepBegun | MasksCame:
+    """Rows have histories of the right length, of which what was not sent is never read."""
     found = _decoder.decode(data)
     if isinstance(found, StepBegun):
         rows = [_of_length(row, known) for row, known in zip(found.rows, found.known, strict=True)]
@@ -57,13 +60,14 @@ def decode_record(data: bytes) -> StepBegun | MasksCame:
 
 
 def _of_length(row: Row, known: int) -> Row:
-    """With a history of so many tokens; of one that was not sent, only the length is ever read."""
+    """With a history of so many tokens."""
     if row.draw is None or row.draw.history:
         return row
     return row._replace(draw=row.draw._replace(history=range(known)))
 
 
-def _told(row: Row) -> Row:
+def _sendable(row: Row) -> Row:
+    """With plain tuples, and without what its slot has."""
     return row._replace(token_ids=tuple(row.token_ids), blocks=tuple(row.blocks), draw=_draw(row))
 
 

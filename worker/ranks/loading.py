@@ -42,6 +42,7 @@ def load_part(
 
 
 def stage_of(part: ModelPart) -> Stage:
+    """The layers that the process computes."""
     return Stage(part.stage, part.num_stages)
 
 
@@ -53,4 +54,5 @@ def bind_pool(runner: ModelRunner, part: ModelPart, made: PoolMade) -> None:
 
 
 def mapped(pid: int, memory: SharedBytes) -> SharedReader:
+    """Memory of the process `pid`, to read and write. Raises PeerLost where it is not that memory any more."""
     return SharedReader(pid, SharedFile(memory.fd, memory.size_bytes, memory.nonce), writable=True)

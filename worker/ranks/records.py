@@ -46,6 +46,7 @@ def encode_fill(record: FillRecord) -> bytes:
 
 
 def encode_rows(rows: Sequence[Row], vocab_size: int) -> bytes:
+    """A step. vocab_size: of the whole model, by which a draw is plain or not."""
     return msgspec.msgpack.encode([_record(row, vocab_size) for row in rows])
 
 
