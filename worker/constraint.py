@@ -83,6 +83,10 @@ class Allowed(NamedTuple):
     barred: tuple[int, ...]
 
 
+AS_MASKED = Allowed(masked=True, num_text=0, listed=(), is_free=False, barred=())
+"""What the matcher's mask says, and nothing else."""
+
+
 class Constraint:
     """Which tokens may come next in one sequence, after those that `advance` was given."""
 
@@ -164,6 +168,8 @@ class Constraint:
             # an answer without its text is none
             return Allowed(masked=False, num_text=0, listed=ends, is_free=is_free, barred=self._grammar.end_ids)
         masked = not self._matcher.is_stopped()
+        if masked and not num_text and phase is _Phase.TEXT:
+            return AS_MASKED  # most are
         listed = () if masked else self._grammar.end_ids
         if phase is _Phase.FIRST:
             listed = self._grammar.opened_by

@@ -29,7 +29,7 @@ from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmas
 
 from baton.node.counters import GrammarCounters
 from baton.node.messages.control import Grammar
-from baton.worker.constraint import Allowed, Constraint, GrammarCompiled
+from baton.worker.constraint import AS_MASKED, Allowed, Constraint, GrammarCompiled
 from baton.worker.grammar_tokenizer import GrammarTokenizer
 
 COMPILE_THREADS = 2
@@ -85,7 +85,7 @@ class _CompiledGrammar:
         return None if found is None or (found.copies and self.num_pending) else found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _MaskedPart:
     """The masks of one constraint among those of a step."""
 
@@ -102,12 +102,16 @@ class _MaskedPart:
     @classmethod
     def of(cls, constraint: Constraint, drafts: Sequence[int], first: int) -> _MaskedPart:
         along = constraint.along(drafts)
+        if not drafts:
+            return cls(constraint, first, first + 1, along, 0, [])
         base = max((place for place, each in enumerate(along) if each.masked and not each.num_text), default=0)
         taken = [token_id for token_id in drafts[base:] if token_id not in constraint.end_ids]
         return cls(constraint, first, first + 1 + len(drafts), along, base, taken[: along[-1].num_text])
 
     def spread(self, masks: np.ndarray) -> list[int]:
         """Bring what the matcher has filled from `base` on to its places; the rows of these."""
+        if not self.text and self.end == self.first + 1:
+            return [self.first]
         filled = self.first + self.base
         while self.along[-1].num_text and not masks[filled + self.along[-1].num_text].any():
             self.along.pop()  # the draft before it, or an earlier one, is not allowed
@@ -180,18 +184,21 @@ class GrammarCompiler:
         self._fill(masks, parts)
         for part in parts:
             for row, each in enumerate(part.along, part.first):
+                if each is AS_MASKED:
+                    continue
                 if each.is_free:
                     masks[row] = ALL_TOKENS
                 for token_id in each.barred:
                     masks[row, token_id // 32] &= ~_bit(token_id)
                 for token_id in each.listed:
                     masks[row, token_id // 32] |= _bit(token_id)
-            masks[part.first + len(part.along) : part.end] = ALL_TOKENS
+            if (reached := part.first + len(part.along)) < part.end:
+                masks[reached : part.end] = ALL_TOKENS
         return masks
 
     def _fill(self, masks: np.ndarray, parts: Sequence[_MaskedPart]) -> None:
         """The masks of matchers. Of parts' places those go that are not reached."""
-        filled = [part for part in parts if any(each.masked for each in part.along)]
+        filled = [part for part in parts if part.along[part.base].masked]
         if not filled:
             return
         if self._executor is None:
