@@ -16,7 +16,7 @@ from baton.models.weights import load_weights
 from baton.testing.device_ranks import DeviceRanks
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
-from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
 
@@ -71,7 +71,7 @@ def test_ranks_draw_what_one_rank_draws(make_model):
 
 def test_ranks_hold_the_same_drafts(make_model):
     """Guards against ranks that verify or propose other drafts: more tokens of one row in a step of one rank than in
-    that of another, and tokens that are not those without drafts."""
+    that of another, and tokens that are not those without drafts; then by masks, with forced tokens."""
     model = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL)
     ranks, plain = make(model.folder, 2, most_drafts=2)
     expected = one_after_the_other(plain, PROMPTS[0], TABLES[0], 6)
@@ -81,6 +81,13 @@ def test_ranks_hold_the_same_drafts(make_model):
     while len(run.known[0]) < len(PROMPTS[0]) + 5:
         run.launch([0])
     assert run.generated(0)[:5] == expected[:5] and run.num_accepted
+    run.forced = {place: 3 * place % 67 for place in range(len(PROMPTS[0]) + 1, len(PROMPTS[0]) + 5)}
+    expected = one_after_the_other(plain, PROMPTS[0], TABLES[0], 6, run.forced, grammar=GRAMMAR)
+    run.predictions.clear()
+    run.start(0, PROMPTS[0], TABLES[0], grammar=GRAMMAR)
+    while len(run.known[0]) < len(PROMPTS[0]) + 6:
+        run.launch([0])
+    assert run.generated(0)[:6] == expected and run.sources["grammar"]
 
 
 def test_ranks_compute_with_their_parts_of_an_adapter(make_model):
