@@ -6,6 +6,7 @@ The rules are functions from a parsed file to complaints; every one is first sho
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def parsed(name: str) -> ast.Module:
 def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
     """All nodes of a file, which each rule looks through."""
     return tuple(ast.walk(tree))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_trees() -> Iterator[None]:
+    """Files stay parsed for all rules, and for no later test: a million nodes, which no collection looks through."""
+    gc.disable()
+    yield
+    parsed.cache_clear()
+    nodes.cache_clear()
+    gc.enable()
 
 
 def dotted(node: ast.AST) -> str:
