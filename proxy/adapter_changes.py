@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
 from baton.node.errors import SettingsError
@@ -103,7 +103,7 @@ class AdapterChanges:
             written[places[0]] = change
         else:
             written.append(change)
-        await asyncio.to_thread(self._state.write, written)
+        await _to_the_end(asyncio.to_thread(self._state.write, written))
         await self._follow()
 
     def _apply(self, changes: Sequence[NameChange]) -> None:
@@ -122,3 +122,13 @@ class AdapterChanges:
         """The digest of what --lora-modules give the name, as the file has it."""
         digest = self._names.module_digest(name)
         return None if digest is None else digest.hex()
+
+
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """Also where this task is cancelled meanwhile: a thread writes on then, and the lock must be held as long."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

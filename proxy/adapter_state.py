@@ -110,7 +110,8 @@ class AdapterState:
         return content.changes
 
     def write(self, changes: Sequence[NameChange]) -> None:
-        """Replace the file, for the holder of the lock. Raises SettingsError; then it is as it was."""
+        """Replace the file, for the holder of the lock. Raises SettingsError; then it is as it was or, where only its
+        folder could not be synced, as given: never in between."""
         data = msgspec.json.format(msgspec.json.encode(_Content(version=VERSION, changes=tuple(changes))))
         if len(changes) > MAX_CHANGES or len(data) > MAX_BYTES:
             raise self._error(f"has no room for {len(changes)} names; at most {MAX_CHANGES}, in {MAX_BYTES} bytes")

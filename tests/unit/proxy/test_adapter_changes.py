@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,37 @@ async def test_a_race_of_two_loads_has_one_winner_everywhere(start: Start, named
     outcomes = await asyncio.gather(*loads, return_exceptions=True)
     assert sorted(type(each).__name__ for each in outcomes) == ["BadRequest", "BadRequest", "NoneType"]
     assert all(each.digests == {"sql": "abc"[outcomes.index(None)].encode()} for each in proxies)
+
+
+async def test_the_lock_is_held_until_a_change_is_written_though_its_request_is_gone(
+    start: Start, named: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the file at the end of a proxy: two writers would share the new one that replaces it."""
+    one, other = start(), start()
+    writes, may_end, order = threading.Event(), threading.Event(), []
+    write = AdapterState.write
+
+    def slow(state: AdapterState, changes: Sequence[NameChange]) -> None:
+        if not writes.is_set():
+            writes.set()
+            may_end.wait(60)
+            order.append("first")
+        else:
+            order.append("second")
+        write(state, changes)
+
+    monkeypatch.setattr(AdapterState, "write", slow)
+    gone = asyncio.create_task(one.changes.put(named("sql", "a"), in_place=False))
+    await asyncio.to_thread(writes.wait, 60)
+    gone.cancel()
+    next_one = asyncio.create_task(other.changes.put(named("more", "b"), in_place=False))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not gone.done()
+    may_end.set()
+    await next_one
+    assert gone.cancelled() and order == ["first", "second"]
+    assert other.digests == {"sql": b"a", "more": b"b"}
 
 
 async def test_names_outlive_a_proxy(start: Start, named: Named) -> None:
