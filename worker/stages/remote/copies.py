@@ -16,14 +16,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from baton.kvtransfer.blocks.checksum import xxh3, xxh3_sums
+from baton.kvtransfer.blocks.checksum import SUM_BYTES, xxh3, xxh3_sums
 from baton.kvtransfer.blocks.copies import BATCH_BYTES, Lock, NoLock, Pair
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.blocks.stage_pools import SpreadPools, layer_sums
 from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import PeerLost
 from baton.node.messages.store import DigestName
-from baton.worker.stages.remote.messages import BlocksTaken, BlocksWanted, Bytes
+from baton.worker.stages.remote.messages import (
+    MAX_COPIED_BLOCKS,
+    MAX_SUMS_BYTES,
+    BlocksTaken,
+    BlocksWanted,
+    Bytes,
+)
 
 DAMAGED = b""
 """The digest of a block that is not what it was: no record has it."""
@@ -73,8 +79,10 @@ class SpreadCopies:
     def __init__(self, pools: SpreadPools, stages: StageBlocks) -> None:
         self._pools, self._stages = pools, stages
         self.block_bytes, self.num_units = pools.layout.block_bytes, pools.layout.num_units
-        self.batch_blocks = max(1, BATCH_BYTES // self.block_bytes)
         self._layers = pools.cut.layers
+        sums_bytes = self.num_units * max(len(layers) for layers in self._layers) * SUM_BYTES
+        most = min(BATCH_BYTES // self.block_bytes, MAX_COPIED_BLOCKS, MAX_SUMS_BYTES // sums_bytes)
+        self.batch_blocks = max(1, most)
         self._copies = 0
         self._open: dict[int, OpenCopy] = {}
         self._inbox: deque[FromStage] = deque()

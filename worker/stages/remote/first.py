@@ -19,7 +19,7 @@ import msgspec
 
 from baton.kvtransfer.planes.base import Plane
 from baton.node.credentials import Credentials
-from baton.node.errors import InvariantBroken, PeerLost, SettingsError
+from baton.node.errors import PeerLost, SettingsError
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
@@ -86,6 +86,8 @@ class RemoteStages:
         """Those that have joined, in order: the first of them is stage 1."""
         self._loaded: dict[str, StageLoaded] = {}
         self._answers: SimpleQueue[tuple[str, StageMessage] | PeerLost] = SimpleQueue()
+        self._answered: set[tuple[str, type[StageMessage]]] = set()
+        """What each has said of its start, once."""
         self._ends: dict[str, RemotePlaneEnd] = {}
         self._take_sums: TakeSums = lambda stage, blocks, sums: None
         self._take_answer: Callable[[FromStage], None] = lambda answer: None
@@ -185,7 +187,10 @@ class RemoteStages:
         elif isinstance(message, StageLeaving):
             log_event(logger, "stage_leaving", stage=self._stages.index(peer) + 1)
             self._drain()
+        elif (peer, type(message)) in self._answered:
+            raise PeerLost(f"{type(message).__name__} came twice")
         else:
+            self._answered.add((peer, type(message)))
             self._answers.put((peer, message))
 
     def on_parcel(self, peer: str, channel: Channel, record: bytes, data: bytearray) -> None:
@@ -253,7 +258,7 @@ class RemoteStages:
                 raise SettingsError(f"{answer} while it started")
             peer, message = answer
             if not isinstance(message, kind):
-                raise InvariantBroken(f"{type(message).__name__} from {peer}, not {kind.__name__}")
+                raise SettingsError(f"{type(message).__name__} from stage {peer} while it started, not {kind.__name__}")
             found.append((peer, message))
         return found
 

@@ -28,6 +28,8 @@ PIECE_BYTES = 1 << 20
 """Of a parcel in one message: on a slow link beats are not kept waiting for longer."""
 MESSAGE_BYTES = 4 << 20
 MAX_SUMS_BYTES = 1 << 20
+MAX_COPIED_BLOCKS = 1 << 12
+"""Of one copy."""
 MAX_RUNS = 1 << 18
 MAX_ROWS = 1 << 22
 """Of one send."""
@@ -119,7 +121,7 @@ class BlocksWanted(Base, frozen=True):
     """For a copy to the store: a parcel of the stage's part of these blocks answers."""
 
     copy: Count
-    blocks: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=1 << 12)]
+    blocks: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_COPIED_BLOCKS)]
 
 
 class BlocksTaken(Base, frozen=True):

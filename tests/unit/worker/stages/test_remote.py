@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from baton.kvtransfer.blocks.checksum import SUM_BYTES
 from baton.kvtransfer.blocks.copies import HostCopies, Pair
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
@@ -34,7 +35,9 @@ from baton.worker.stages.remote.joining import FirstStageLink, NotAPart, summing
 from baton.worker.stages.remote.messages import (
     PIECE_BYTES,
     STAGE_VERSION,
+    BlocksTaken,
     BlockSums,
+    BlocksWanted,
     PeerKnown,
     PieceCancel,
     PieceEnded,
@@ -229,6 +232,18 @@ def test_a_stage_of_other_weights_or_too_many_or_of_another_version_is_refused(s
         more.receive(StageAssigned, WAIT_S)
 
 
+def test_a_stage_that_answers_twice_is_lost(stack: ExitStack) -> None:
+    """Guards the start against one stage that counts for two, and a queue that is never read."""
+    first = FirstStage(stack, 3)
+    first.stages.watch(first.lost.put)
+    raw, other = RawStage(stack, first, "a"), RawStage(stack, first, "b")
+    raw.join()
+    other.join()
+    for number in (1, 2):
+        raw.send(number, StageLoaded(fingerprint=bytes(32)))
+    assert first.lost_for() == "stage 1 StageLoaded came twice"
+
+
 @pytest.mark.parametrize("message", one_of_each_stage_message(), ids=lambda message: type(message).__name__)
 def test_no_message_of_a_stage_breaks_the_first_one(stack: ExitStack, message: StageMessage) -> None:
     """Guards against a worker that hangs, or dies of anything but a lost stage, by what a stage says; and against
@@ -358,6 +373,17 @@ def test_records_of_the_store_are_those_of_one_pool(stack: ExitStack) -> None:
     assert spread.digests([[0, 2]]) == [whole.layers_digest([3, 1])]
     others[1].block(3)[5] ^= 1  # after it was summed up
     assert ended(copies, copies.begin_save([Pair(3, memoryview(records[0]))])) == [b""]
+
+
+def test_messages_of_a_full_batch_of_small_blocks_are_understood(stack: ExitStack) -> None:
+    """Guards against a store that ends its worker by a message which is too long for a stage."""
+    layout = KVLayout.of_model(num_layers=4, kv_heads=2, head_dim=1, block_tokens=1, dtype="float32")
+    cut = Cut.even(layout.num_units, 1, layout.num_layers, 2)
+    copies = SpreadCopies(SpreadPools(cut, layout, 2), FirstStage(stack).stages)
+    blocks = range(copies.batch_blocks)
+    sums = bytes(len(blocks) * layout.num_units * len(cut.layers[1]) * SUM_BYTES)
+    for message in (BlocksWanted(copy=1, blocks=tuple(blocks)), BlocksTaken(copy=1, sums=sums)):
+        assert decode_frames([bytes(frame) for frame in encode_frames(1, message)])[1] == message
 
 
 @pytest.mark.parametrize(
