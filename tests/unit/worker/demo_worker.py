@@ -18,9 +18,12 @@ from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.adapters.fills import PreparedAdapter
 from baton.models.adapters.peft import read_adapter
+from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.models.drafts import Drafter
+from baton.node.adapter_folder import read_facts
 from baton.node.messages.control import AdapterRef, Bundle, DispatchBody, Failed, Reserve, SamplingSpec, Tokens
+from baton.testing.adapter_folders import write_adapter
 from baton.tests.unit.worker.bench import RecordingIo
 from baton.worker.adapters import ReadAdapter, WorkerAdapters
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
@@ -45,6 +48,15 @@ def reader(runner: ModelRunner) -> ReadAdapter:
         return adapter.digest, runner.adapters.prepare(adapter)
 
     return read
+
+
+def adapter_refs(root: Path, model: Path = FOLDER) -> dict[str, AdapterRef]:
+    """Two random adapters of a model, a and b, of different ranks, in folders below `root`."""
+    config, refs = ModelConfig.from_folder(model), {}
+    for number, name in enumerate("ab", 1):
+        folder = write_adapter(root / name, config, rank=4 * number, seed=number)
+        refs[name] = AdapterRef(read_facts(folder).digest, str(folder))
+    return refs
 
 
 class Answer(NamedTuple):

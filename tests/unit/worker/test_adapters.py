@@ -12,13 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.models.config import ModelConfig
-from baton.node.adapter_folder import read_facts
 from baton.node.errors import AdapterError
 from baton.node.leg import LegKey
 from baton.node.messages.control import AdapterRef, LoadAdapter, SamplingSpec
-from baton.testing.adapter_folders import write_adapter
-from baton.tests.unit.worker.demo_worker import FOLDER, Answer, DemoWorker
+from baton.tests.unit.worker.demo_worker import Answer, DemoWorker, adapter_refs
 from baton.worker.adapter_slots import AdapterRead
 from baton.worker.adapters import MAX_OVERTAKES, WorkerAdapters
 
@@ -32,11 +29,8 @@ REQUESTS = {f"{name} {kind}": spec for name in NAMES for kind, spec in (("greedy
 @pytest.fixture(scope="module")
 def refs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, AdapterRef]]:
     """Of the requests that have an adapter; ranks differ."""
-    root, config = tmp_path_factory.mktemp("adapters"), ModelConfig.from_folder(FOLDER)
-    folders = {
-        name: write_adapter(root / name, config, rank=4 * number, seed=number) for number, name in enumerate("ab", 1)
-    }
-    made = {name: AdapterRef(read_facts(folder).digest, str(folder)) for name, folder in folders.items()}
+    root = tmp_path_factory.mktemp("adapters")
+    made = adapter_refs(root)
     yield {name: made[name.split()[0]] for name in REQUESTS if name.split()[0] in made}
     shutil.rmtree(root)
 

@@ -9,7 +9,7 @@ import pytest
 from baton.models.config import ModelConfig
 from baton.node.messages.control import Grammar, SamplingSpec
 from baton.tests.unit.models.eagle_folders import random_draft
-from baton.tests.unit.worker.demo_worker import END_IDS, FOLDER, Answer, DemoWorker
+from baton.tests.unit.worker.demo_worker import END_IDS, FOLDER, Answer, DemoWorker, adapter_refs
 
 PROMPT = [2, *range(300, 340), *range(300, 330)]
 KEYS = ("customer_identifier", "delivery_address", "preferred_language")
@@ -95,3 +95,18 @@ def test_other_drafts_are_verified_by_masks(off):
     worker = DemoWorker(100, speculate="ngram", speculate_tokens=5)
     assert worker.answers(requests, PROMPT, prediction=off["lists"].ids) == {name: off[name] for name in requests}
     assert worker.accepted_prediction > 5
+
+
+def test_drafts_adapters_and_grammars_in_one_batch(tmp_path):
+    """Guards against a row of a draft that has the adapter, or the mask, of another row, and a draft's forced tokens in
+    the place of those of a row beside it."""
+    names = ("schema a", "lists b", "words a", "free", "free a", "free b")
+    requests, refs = {name: REQUESTS[name.split()[0]] for name in names}, adapter_refs(tmp_path)
+    named = {name: refs[name[-1]] for name in names if " " in name}
+    off = DemoWorker(200, max_loras=2).answers(requests, PROMPT, adapters=named)
+    worker = DemoWorker(200, max_loras=2, speculate="ngram", speculate_tokens=5)
+    assert worker.answers(requests, PROMPT, adapters=named) == off
+    assert len({off[name].ids for name in names if name.startswith("free")}) == 3, "each adapter says something else"
+    worker.role.report()
+    counters = worker.role.counters
+    assert counters.spec_decode_num_draft_tokens > counters.spec_decode_accepted_grammar > 10
