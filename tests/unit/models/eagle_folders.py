@@ -81,7 +81,7 @@ def save_draft(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str,
     )
 
 
-def write_pair(model: Path, draft: Path, *, num_layers: int = 4) -> None:
+def write_pair(model: Path, draft: Path, *, num_layers: int = 4, mlp_size: int = 8) -> None:
     """A model whose next token depends on the last two, by its first layer, while the others are identity; and a draft
     that computes the same.
 
@@ -114,13 +114,13 @@ def write_pair(model: Path, draft: Path, *, num_layers: int = 4) -> None:
             f"{prefix}self_attn.k_proj.weight": torch.cat((constant, constant)),
             f"{prefix}self_attn.v_proj.weight": torch.cat((half * first, nothing)),
             f"{prefix}self_attn.o_proj.weight": torch.cat((swap * looks, torch.zeros(HIDDEN, 3 * HEAD_DIM)), 1),
-            f"{prefix}mlp.gate_proj.weight": torch.ones(8, HIDDEN),
-            f"{prefix}mlp.up_proj.weight": torch.ones(8, HIDDEN),
-            f"{prefix}mlp.down_proj.weight": torch.zeros(HIDDEN, 8),
+            f"{prefix}mlp.gate_proj.weight": torch.ones(mlp_size, HIDDEN),
+            f"{prefix}mlp.up_proj.weight": torch.ones(mlp_size, HIDDEN),
+            f"{prefix}mlp.down_proj.weight": torch.zeros(HIDDEN, mlp_size),
         }
     shape = {
         "hidden_size": HIDDEN,
-        "intermediate_size": 8,
+        "intermediate_size": mlp_size,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": HEAD_DIM,
@@ -151,9 +151,9 @@ def write_pair(model: Path, draft: Path, *, num_layers: int = 4) -> None:
         f"{MIDLAYER}self_attn.k_proj.weight": torch.cat([self_key] * 2),
         f"{MIDLAYER}self_attn.v_proj.weight": torch.cat((new_token, kept_token)),
         f"{MIDLAYER}self_attn.o_proj.weight": torch.cat((to_first, unused, swap, unused), 1),
-        f"{MIDLAYER}mlp.gate_proj.weight": torch.ones(8, HIDDEN),
-        f"{MIDLAYER}mlp.up_proj.weight": torch.ones(8, HIDDEN),
-        f"{MIDLAYER}mlp.down_proj.weight": torch.zeros(HIDDEN, 8),
+        f"{MIDLAYER}mlp.gate_proj.weight": torch.ones(mlp_size, HIDDEN),
+        f"{MIDLAYER}mlp.up_proj.weight": torch.ones(mlp_size, HIDDEN),
+        f"{MIDLAYER}mlp.down_proj.weight": torch.zeros(HIDDEN, mlp_size),
         "norm.weight": torch.ones(HIDDEN),
         "lm_head.weight": head[order],
         "d2t": order - torch.arange(VOCABULARY),

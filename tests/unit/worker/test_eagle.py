@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from baton.models.config import ModelConfig
+from baton.node.counters import DecodeCounters
 from baton.node.messages.control import SamplingSpec
 from baton.tests.unit.models.eagle_folders import random_draft, write_pair
-from baton.tests.unit.worker.demo_worker import FOLDER, Answer, DemoWorker
+from baton.tests.unit.worker.demo_worker import FOLDER, Answer, DemoWorker, adapter_refs
 
 PROMPT = [2, *range(300, 340), *range(300, 330)]
 REQUESTS: dict[str, SamplingSpec] = {
@@ -67,3 +70,32 @@ def test_drafts_that_are_right_are_all_kept(tmp_path, num_blocks):
     assert counters.spec_decode_num_accepted_tokens == counters.spec_decode_num_draft_tokens
     if num_blocks == 60:
         assert counters.spec_decode_num_accepted_tokens > 4.5 * counters.spec_decode_num_drafts
+
+
+def test_a_draft_beside_adapters(tmp_path):
+    """Guards against entries of a draft that are made of hidden states of another row, lie in blocks of another
+    adapter, or come from a cached prefix of the same prompt: the draft equals its model, so that each draft of a row
+    without adapter is right, and rows of adapters keep as many beside others as apart; and with preemption."""
+    model = tmp_path / "model"
+    write_pair(model, tmp_path / "draft")
+    refs, prompt = adapter_refs(tmp_path, model), [index % 58 for index in range(40)]
+    options = {"folder": model, "max_model_len": 200, "max_loras": 2}
+    kinds = {name: replace(REQUESTS[name], max_tokens=24) for name in ("greedy", "seeded")}
+    requests = {f"{name} {kind}": kinds[kind] for name in ("base", *refs) for kind in kinds}
+    named = {name: refs[name[0]] for name in requests if not name.startswith("base")}
+    off = DemoWorker(80, **options).answers(requests, prompt, adapters=named)
+    assert len({answer.ids for answer in off.values()}) == len(off), "each adapter says something else"
+
+    def with_draft(names: Iterable[str], num_blocks: int = 80) -> DecodeCounters:
+        """What a worker has counted that answered these requests twice, then with cached prefixes."""
+        worker = DemoWorker(num_blocks, **options, speculate=f"eagle:{tmp_path / 'draft'}", speculate_tokens=5)
+        for _ in range(2):
+            found = worker.answers({name: requests[name] for name in names}, prompt, adapters=named)
+            assert found == {name: off[name] for name in names}
+        return worker.role.counters
+
+    base, adapted, together = (with_draft(names) for names in (set(requests) - set(named), named, requests))
+    assert base.spec_decode_num_accepted_tokens == base.spec_decode_num_draft_tokens > 0
+    for count in ("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens"):
+        assert getattr(together, count) == getattr(base, count) + getattr(adapted, count)
+    assert with_draft(requests, 14).preemptions > 0

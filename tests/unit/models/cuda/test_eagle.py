@@ -19,6 +19,7 @@ from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
 from baton.tests.unit.models.eagle_folders import random_draft, write_pair
 
 BLOCK = 16
@@ -93,3 +94,26 @@ def test_a_draft_s_kv_is_the_cpu_s(tmp_path, make_model):
         assert plain.step(rows)[-1] == (drawn if drawn is None else drawn._replace(num_drafts=0))
     torch.testing.assert_close(pool[blocks], expected[blocks], rtol=2e-4, atol=2e-4)
     assert pool[blocks][:, :, 2].any()
+
+
+def test_a_draft_beside_adapters(tmp_path):
+    """Guards against an adapter that reaches the draft, and hidden states of another row: tokens of two rows of one
+    prompt, one of which has an adapter, are those of merged weights. The draft equals the model, so that drafts of
+    the row without adapter are right, and some of the other are wrong."""
+    folder = tmp_path / "model"
+    write_pair(folder, tmp_path / "draft", num_layers=2, mlp_size=16)  # adapters are multiples of 16 wide
+    late, _ = make(folder, tmp_path / "draft", 2, adapter_slots=1, max_rank=16)
+    config, weights = late.config, load_weights(late.config, folder, torch.float32, pack=False)
+    adapter = random_adapter(config, [4], 3)
+    assert late.adapters.fill(0, late.adapters.prepare(adapter)).done
+    prompt, count, adapters = [9, 8, 7, 6, 5, 4], 7, (None, adapter)
+    merged = [merged_runner(config, weights, own, BLOCK) for own in adapters]
+    right = [one_after_the_other(runner, prompt, [20, 21], count, **SEEDED) for runner in merged]
+    ahead = Ahead(late, most_drafts=2)
+    ahead.adapters = {1: 0}
+    for slot in (0, 1):
+        ahead.start(slot, prompt, [2 * slot, 2 * slot + 1], **SEEDED)
+    while min(map(len, ahead.known.values())) < len(prompt) + count:
+        ahead.launch([0, 1])
+    assert [ahead.generated(slot)[:count] for slot in (0, 1)] == right
+    assert right[0] != right[1] and 2 <= ahead.num_accepted < ahead.num_verified
