@@ -174,10 +174,12 @@ def _joined(config: EagleConfig, stored: Mapping[str, torch.Tensor], model: Weig
     head: Linear
     if "lm_head.weight" in own:
         head = DenseLinear(own["lm_head.weight"])
-    elif same_size and config.draft_vocab_size == config.vocab_size:
+    elif same_size and config.draft_vocab_size == config.vocab_size == model.lm_head.num_outputs:
         head = model.lm_head
     else:
-        raise SettingsError(f"{folder}: tensor lm_head.weight is missing, and the model's head has other sizes")
+        raise SettingsError(
+            f"{folder}: tensor lm_head.weight is missing, and the model's head has other sizes, or is cut for ranks"
+        )
     return EagleWeights(
         embedding=own.get("embed_tokens.weight", model.embedding),
         fc=DenseLinear(own["fc.weight"]),

@@ -110,6 +110,11 @@ def load_model(
     if settings.pp > 1:
         raise SettingsError(f"--pp {settings.pp}: the stages of a worker compute on CPUs only: --device cpu, or --pp 1")
     if settings.tp > 1:
+        if draft is not None:
+            raise SettingsError(
+                f"--speculate eagle with --tp {settings.tp}: on GPUs a draft is computed by workers of one rank; use "
+                "--tp 1, or --speculate ngram"
+            )
         from baton.worker.build_ranks import load_ranks_on_cuda
 
         return load_ranks_on_cuda(settings, sizes, role, folder)
@@ -169,7 +174,7 @@ def _load_on_cpu(
     if settings.threads is None and processes > 1:  # torch's choice is all cores for each process
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // processes)))
-    part = model_part(settings, folder, config.vocab_size)
+    part = model_part(settings, folder, config.vocab_size, draft)
     how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
     stages: StageGroup | RemoteStages | None = None
     if settings.stages_bind:
@@ -181,7 +186,7 @@ def _load_on_cpu(
     try:
         group, peers = start_ranks(part, settings.tp, *how)
         ranks = group if stages is None else stages.with_ranks(group)
-        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), draft, settings.most_drafts)
+        runner = load_part(part, peers, progress_log("loading_weights", "tensors"), settings.most_drafts)
         if isinstance(stages, RemoteStages):
             return _in_remote_stages(settings, sizes, runner, stages, group)
         if stages is not None:
@@ -192,7 +197,7 @@ def _load_on_cpu(
         raise
 
 
-def model_part(settings: WorkerSettings, folder: Path, vocab_size: int) -> ModelPart:
+def model_part(settings: WorkerSettings, folder: Path, vocab_size: int, draft: Path | None = None) -> ModelPart:
     """What each process of the worker loads its part of; the first stage's."""
     return ModelPart(
         folder=str(folder),
@@ -205,6 +210,7 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int) -> Model
         num_stages=settings.pp,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
+        draft="" if draft is None else str(draft),
     )
 
 

@@ -168,11 +168,6 @@ class WorkerSettings(EngineSettings):
     def __post_init__(self) -> None:
         if self.speculate not in ("off", "ngram") and self.draft_model is None:
             raise SettingsError(f"--speculate must be one of off, ngram, eagle:FOLDER, not {self.speculate!r}")
-        if self.draft_model is not None and self.tp > 1:
-            raise SettingsError(
-                f"--speculate eagle with --tp {self.tp}: a draft is computed by workers of one rank; use --tp 1, "
-                "or --speculate ngram"
-            )
         if self.draft_model is not None and self.pp > 1:
             raise SettingsError(f"--speculate eagle with --pp {self.pp}: no stage computes the KV of a draft")
 

@@ -32,13 +32,13 @@ from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.cpu.verify import Verified
 from baton.models.drafts import Drafter, NgramDrafter
-from baton.models.eagle_config import NO_STATIC_SCALES, read_eagle
+from baton.models.eagle_config import NO_STATIC_SCALES, EagleConfig, read_eagle
 from baton.models.eagle_weights import attention_of, load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.layer_order import no_tap
-from baton.models.partition import ONLY_STAGE, Stage, check_partition, check_stages
+from baton.models.partition import ONLY_STAGE, WHOLE, Rank, Stage, check_partition, check_stages
 from baton.models.vector_math import prepare_vector_math
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
@@ -66,17 +66,19 @@ class ModelRunner:
         adapters: CpuAdapterSlots | None = None,
         eagle: EagleDrafts | None = None,
         stage: Stage = ONLY_STAGE,
+        draft: EagleConfig | None = None,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
-        have drafts; by default they are looked up in the sequence. eagle: drafts in its place, from the hidden states
-        of the steps of `decoder`."""
+        have drafts; by default they are looked up in the sequence. draft: its layer is in the pool, behind the model's.
+        eagle: its drafts in the drafter's place, from the hidden states of the steps of `decoder`; of rank 0 alone."""
         prepare_vector_math()
         self.config = config
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.drafter: Drafter = drafter or NgramDrafter()
         self.adapters = adapters or CpuAdapterSlots(config, dtype)
-        self._decoder, self._peers, self._stage, self._eagle = decoder, peers, stage, eagle
+        self._decoder, self._peers, self._stage = decoder, peers, stage
+        self._eagle, self._draft = eagle, draft
         self._vocabulary = CutVocabulary(peers, config.vocab_size)
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
@@ -108,7 +110,8 @@ class ModelRunner:
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         peers: the other ranks, where this one holds a part of the model; stage: whose layers.
         max_loras, max_lora_rank: adapters that rows of a step may name, and the largest rank of one.
-        eagle: the folder of an EAGLE-3 draft, whose layer is one more of the pool; it proposes up to `most_drafts`.
+        eagle: the folder of an EAGLE-3 draft, whose layer is one more of the pool; it proposes up to `most_drafts`. Of
+        several ranks the first computes it, whole.
         """
         config = model_config(folder)
         config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
@@ -143,12 +146,23 @@ class ModelRunner:
             if eagle is not None and eagle_config is not None:
                 if kv_dtype == "fp8_static":
                     raise SettingsError(NO_STATIC_SCALES)
-                draft_weights = load_eagle(eagle_config, eagle, weights, load_format, pack=True)
-                drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
+                if peers.rank.index == 0:
+                    draft_weights = load_eagle(eagle_config, eagle, weights, load_format, pack=True)
+                    drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
             decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap, stage)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
         adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank, peers, stage)
-        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts, stage=stage)
+        return cls(
+            config,
+            decoder,
+            DTYPES[name],
+            kv_format,
+            peers=peers,
+            adapters=adapters,
+            eagle=drafts,
+            stage=stage,
+            draft=eagle_config,
+        )
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -158,7 +172,7 @@ class ModelRunner:
     @property
     def num_kv_layers(self) -> int:
         """Of the pool: the model's, and that of a draft."""
-        return len(self._layers) + (self._eagle is not None)
+        return len(self._layers) + (self._draft is not None)
 
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
@@ -190,11 +204,14 @@ class ModelRunner:
             kv = QuantisedKv(pool, scales, own, self.dtype)
         else:
             kv = PlainKv(pool)
-        draft = None if self._eagle is None else attention_of(self._eagle.config)
-        rank, element_bytes = self._peers.rank, self.dtype.itemsize
-        self._attention = PagedAttention(self.config, kv, pool.shape[4], element_bytes, rank, draft, self._stage)
+        draft = None if self._draft is None else attention_of(self._draft)
+
+        def attention(rank: Rank) -> PagedAttention:
+            return PagedAttention(self.config, kv, pool.shape[4], self.dtype.itemsize, rank, draft, self._stage)
+
+        self._attention = attention(self._peers.rank)
         if self._eagle is not None:
-            self._eagle.bind(self._attention)
+            self._eagle.bind(attention(WHOLE))  # rank 0 writes all heads of the draft
 
     def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched:
         """As models.batch.Runner says; a step without masked draws has ended when this returns. `entering`: what the

@@ -17,10 +17,13 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_answers_with_a_draft_are_those_without(oracle: Oracle, tmp_path: Path) -> None:
     """Guards against blocks of other sizes at the two ends, workers that start with a draft and do not draft, and
-    drafts in flight in what another worker continues."""
+    drafts in flight in what another worker continues; between workers of one rank and of two."""
     random_draft(tmp_path / "draft", ModelConfig.from_folder(DEMO))
     speculate = ("--speculate", f"eagle:{tmp_path / 'draft'}")
-    with Cluster(1, 2, worker_args=speculate, decode_step_s=0.01, log_folder=tmp_path) as cluster:
+    ranks = ("--tp", "2")
+    with Cluster(worker_args=speculate, prefill_args=ranks, decode_step_s=0.01, log_folder=tmp_path) as cluster:
+        cluster.nodes.add_worker("decode", "decode-1", *ranks)
+        cluster.wait_workers("prefill-0", "decode-0", "decode-1")
         for prompt, (text, _) in zip(LONG[:1], oracle.answers(LONG[:1]), strict=True):
             for _ in range(2):  # the second time with a cached prefix
                 answer = cluster.complete(prompt, max_tokens=MAX_TOKENS)

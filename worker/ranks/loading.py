@@ -20,10 +20,9 @@ def load_part(
     part: ModelPart,
     peers: RankPeers,
     on_progress: Progress = no_progress,
-    eagle: Path | None = None,
     most_drafts: int = 0,
 ) -> ModelRunner:
-    """SettingsError for what cannot be run. From eagle on see ModelRunner.load; for a worker of one process."""
+    """SettingsError for what cannot be run. most_drafts: see ModelRunner.load; of rank 0."""
     return ModelRunner.load(
         Path(part.folder),
         dtype=part.dtype,
@@ -34,7 +33,7 @@ def load_part(
         on_progress=on_progress,
         peers=peers,
         stage=stage_of(part),
-        eagle=eagle,
+        eagle=Path(part.draft) if part.draft else None,
         most_drafts=most_drafts,
         max_loras=part.max_loras,
         max_lora_rank=part.max_lora_rank,
@@ -49,7 +48,7 @@ def stage_of(part: ModelPart) -> Stage:
 def bind_pool(runner: ModelRunner, part: ModelPart, made: PoolMade) -> None:
     """Map the pool and use it."""
     flat = torch.frombuffer(mapped(made.pid, made.memory).view, dtype=torch.uint8)
-    layout = layout_of(runner.config, runner.kv_format, made.block_tokens, stage_of(part))
+    layout = layout_of(runner.config, runner.kv_format, made.block_tokens, stage_of(part), has_draft=bool(part.draft))
     runner.bind_pool(*kv_tensors(flat[: made.num_blocks * layout.block_bytes], layout, made.num_blocks))
 
 

@@ -15,6 +15,7 @@ from baton.node.errors import PeerLost, SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.rank_threads import RankThreads
 from baton.tests.unit.models.conftest import LATENT
+from baton.tests.unit.models.eagle_folders import write_pair
 
 BLOCK_TOKENS = 16
 TOKENS = 6
@@ -168,3 +169,41 @@ def test_norms_of_all_heads_together_are_refused(make_model):
     folder = make_model("olmoe", head_dim=12).folder
     with pytest.raises(SettingsError, match="norms all heads of a token together"):
         RankThreads(lambda peers: ModelRunner.load(folder, peers=peers), 2)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_draft_of_a_group_is_that_of_one_rank(tmp_path, count):
+    """Guards against a draft's layer of which only rank 0's heads are written, pools of other sizes, and ranks that
+    wait for a draft: it equals its model, so that all of its tokens are right; of random draws, and of some that rank 0
+    makes alone."""
+    write_pair(tmp_path / "model", tmp_path / "draft")
+    specs = [SPECS[1], SamplingSpec(max_tokens=99, temperature=0.9, seed=6, top_k=9)]
+    prompts, tables = [[*range(3, 24)], [*range(9, 30)]], [[0, 1, 2], [3, 4, 5]]
+
+    def load(**more: object) -> ModelRunner:
+        return ModelRunner.load(tmp_path / "model", eagle=tmp_path / "draft", most_drafts=3, **more)
+
+    def served(runner) -> tuple[list[list[int]], int, torch.Tensor]:
+        pool = torch.zeros(alone.kv_shape(6, BLOCK_TOKENS))
+        runner.bind_pool(pool)
+        known, starts, num_drafts = [list(prompt) for prompt in prompts], [0, 0], 0
+        for step in range(5):
+            draws = [Draw(spec, ids, 21, len(ids) - 21) for spec, ids in zip(specs, known, strict=True)]
+            rows = [
+                Row(known[slot][starts[slot] :], starts[slot], tables[slot], draws[slot], slot, None, 3 * (step > 0))
+                for slot in (0, 1)
+            ]
+            starts = [len(ids) for ids in known]
+            for slot, entry in enumerate(runner.step(rows)):
+                known[slot] += entry.token_ids
+                starts[slot] += len(entry.token_ids) - 1
+                num_drafts += entry.num_drafts
+        return known, num_drafts, pool
+
+    alone = load()
+    expected, num_drafts, pool = served(alone)
+    assert sum(map(len, expected)) == 42 + 2 * 5 + num_drafts > 42 + 2 * 5, "all drafts are right"
+    found, num_found, group_pool = served(RankThreads(lambda peers: load(peers=peers), count))
+    assert (found, num_found) == (expected, num_drafts)
+    torch.testing.assert_close(group_pool, pool, rtol=1e-3, atol=1e-3)
+    assert pool[:, :, -1].any()
