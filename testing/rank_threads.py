@@ -19,7 +19,7 @@ import torch
 from baton.models.adapters.adapter import Adapter
 from baton.models.adapters.flat import Directory
 from baton.models.batch import Drawn, Launched, Row
-from baton.models.cpu.peers import FilledSlot, OwnMemory, RankMemory, RankPeers, sum_in_order
+from baton.models.cpu.peers import FilledSlot, MappableMemory, OwnMemory, RankPeers, sum_in_order
 from baton.models.cpu.runner import ModelRunner
 from baton.models.partition import Rank
 from baton.node.errors import PeerLost
@@ -73,10 +73,10 @@ class ThreadPeers:
         self._board.wait()
         return self._board.begun
 
-    def allocate(self, size_bytes: int) -> RankMemory:
+    def allocate(self, size_bytes: int) -> MappableMemory:
         return OwnMemory.of(size_bytes)
 
-    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+    def fill(self, slot: int, memory: MappableMemory, directory: Directory) -> None:
         self._board.begun = FilledSlot(slot, memory.tensor, directory)
         self._board.wait()
 

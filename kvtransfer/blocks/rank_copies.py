@@ -39,7 +39,7 @@ class UnitCopies(Protocol):
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningCopy:
     num_blocks: int
     left: dict[int, int]
     """Ranks, and their numbers of the copy."""
@@ -58,7 +58,7 @@ class RankCopies:
         self.digest: DigestName = "sum64"
         self._savers = sorted({cut.holders(unit).start for unit in range(cut.total_units)})
         self._numbers = 0
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _RunningCopy] = {}
 
     def lock(self, memory: memoryview) -> Lock:
         """By one rank, for the GPUs of all."""
@@ -97,10 +97,10 @@ class RankCopies:
 
     def _begin(self, num_blocks: int, begun: dict[int, int]) -> int:
         self._numbers += 1
-        self._running[self._numbers] = _Running(num_blocks, begun)
+        self._running[self._numbers] = _RunningCopy(num_blocks, begun)
         return self._numbers
 
-    def _digests(self, running: _Running) -> list[bytes]:
+    def _digests(self, running: _RunningCopy) -> list[bytes]:
         """Of each block. Where ranks hold other bytes of one unit, it is a digest of no block: a load has failed."""
         held = {
             rank: np.frombuffer(sums, dtype=f"V{WORD_BYTES}").reshape(running.num_blocks, -1)

@@ -23,7 +23,7 @@ from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
 from baton.models.config import ModelConfig
-from baton.models.cpu.peers import NO_PEERS, FilledSlot, RankMemory, RankPeers
+from baton.models.cpu.peers import NO_PEERS, FilledSlot, MappableMemory, RankPeers
 from baton.models.layers import describe
 from baton.models.partition import ONLY_STAGE, Stage
 from baton.node.errors import AdapterError, InvariantBroken
@@ -63,7 +63,7 @@ class CpuAdapter:
 class FlatAdapter:
     """A PreparedAdapter: in memory that all ranks can map."""
 
-    memory: RankMemory
+    memory: MappableMemory
     directory: Directory
 
     @property
@@ -145,11 +145,11 @@ class CpuAdapterSlots:
     def prepare(self, adapter: Adapter) -> FlatAdapter:
         return self.prepare_in(adapter, self._peers.allocate)
 
-    def prepare_in(self, adapter: Adapter, allocate: Callable[[int], RankMemory]) -> FlatAdapter:
+    def prepare_in(self, adapter: Adapter, allocate: Callable[[int], MappableMemory]) -> FlatAdapter:
         """The same in the memory that `allocate` gives."""
         if adapter.rank > self._max_rank:
             raise AdapterError(f"the adapter has rank {adapter.rank}, more than --max-lora-rank {self._max_rank}")
-        memories: list[RankMemory] = []
+        memories: list[MappableMemory] = []
 
         def tensor_of(size_bytes: int) -> torch.Tensor:
             memories.append(allocate(size_bytes))

@@ -17,7 +17,7 @@ from baton.models.batch import Row
 from baton.models.partition import WHOLE, Rank
 
 
-class RankMemory(Protocol):
+class MappableMemory(Protocol):
     """Memory of rank 0's process that the other ranks can map; it lives as long as this or a mapping."""
 
     @property
@@ -45,11 +45,11 @@ class RankPeers(Protocol):
         """Rank 0 begins a step with these rows, which the others join."""
         ...
 
-    def allocate(self, size_bytes: int) -> RankMemory:
+    def allocate(self, size_bytes: int) -> MappableMemory:
         """Of rank 0; called by any thread."""
         ...
 
-    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+    def fill(self, slot: int, memory: MappableMemory, directory: Directory) -> None:
         """Rank 0 fills a slot between two steps, and the others do the same."""
         ...
 
@@ -64,7 +64,7 @@ class RankPeers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OwnMemory:
-    """RankMemory that no other process needs."""
+    """MappableMemory that no other process needs."""
 
     tensor: torch.Tensor
 
@@ -80,10 +80,10 @@ class NoPeers:
 
     def begin(self, rows: Sequence[Row]) -> None: ...
 
-    def allocate(self, size_bytes: int) -> RankMemory:
+    def allocate(self, size_bytes: int) -> MappableMemory:
         return OwnMemory.of(size_bytes)
 
-    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None: ...
+    def fill(self, slot: int, memory: MappableMemory, directory: Directory) -> None: ...
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         return part

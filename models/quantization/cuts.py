@@ -37,7 +37,7 @@ Axes = tuple[tuple[str, tuple[Axis, ...]], ...]
 """Of each tensor of a layout: its role, and its dimensions."""
 
 
-class Window(NamedTuple):
+class WeightWindow(NamedTuple):
     """Part of a weight."""
 
     outputs: range
@@ -50,7 +50,7 @@ class Window(NamedTuple):
 
 def cut(
     tensors: Mapping[str, torch.Tensor], axes: Axes, form: QuantizedWeight, outputs: range, inputs: range
-) -> tuple[Window, dict[str, torch.Tensor]]:
+) -> tuple[WeightWindow, dict[str, torch.Tensor]]:
     """Views of the tensors of a weight of this form, with at least these outputs and inputs of it."""
     axes_of, (num_outputs, num_inputs) = dict(axes), form.codes.shape
     group = min(form.inputs_per_scale, num_inputs)
@@ -61,7 +61,7 @@ def cut(
     by_input = [role for role in tensors if Axis.GROUP_OF_INPUT in axes_of[role]]
     if any(_group_numbers(tensors[role], columns, groups) is None for role in by_input):
         columns, groups = range(num_inputs), range(-(-num_inputs // group))
-    window = Window(rows, columns)
+    window = WeightWindow(rows, columns)
 
     def span(axis: Axis) -> slice:
         part = rows if axis in (Axis.OUTPUTS, Axis.OUTPUT_WORDS) else columns

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from baton.models.checkpoint import Checkpoint, StoredTensor, TensorForm
-from baton.models.quantization.cuts import Axes, Axis, Window, cut
+from baton.models.quantization.cuts import Axes, Axis, WeightWindow, cut
 from baton.models.quantization.scheme import Quantization
 from baton.models.quantization.weight import QuantizedWeight, unpack
 from baton.node.errors import SettingsError
@@ -89,11 +89,11 @@ class QuantizedSource(NamedTuple):
 
     def cut(
         self, tensors: Tensors, form: QuantizedWeight, outputs: range, inputs: range
-    ) -> tuple[QuantizedSource, Window, Tensors]:
+    ) -> tuple[QuantizedSource, WeightWindow, Tensors]:
         """The source, and the tensors, of a part of the weight with at least these outputs and inputs; `tensors` hold
         all of it, in this form. Of a layout without axes the part is all."""
         if not self.layout.axes:
-            return self, Window(range(self.shape[0]), range(self.shape[1])), tensors
+            return self, WeightWindow(range(self.shape[0]), range(self.shape[1])), tensors
         window, found = cut(tensors, self.layout.axes, form, outputs, inputs)
         return self._replace(shape=window.shape), window, found
 

@@ -17,7 +17,7 @@ import torch
 from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
 from baton.models.adapters.flat import Directory
 from baton.models.batch import Row
-from baton.models.cpu.peers import FilledSlot, RankMemory, sum_in_order
+from baton.models.cpu.peers import FilledSlot, MappableMemory, sum_in_order
 from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken
 from baton.worker.ranks.links import RankLink
@@ -39,7 +39,7 @@ def memory_bytes(count: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class AdapterMemory:
-    """RankMemory of an adapter, in the process `pid`, as it lies in this one."""
+    """MappableMemory of an adapter, in the process `pid`, as it lies in this one."""
 
     tensor: torch.Tensor
     shared: SharedBytes
@@ -85,10 +85,10 @@ class ProcessPeers:
             return found
         return FilledSlot(found.slot, AdapterMemory.of(found).tensor, found.directory)
 
-    def allocate(self, size_bytes: int) -> RankMemory:
+    def allocate(self, size_bytes: int) -> MappableMemory:
         return AdapterMemory.made(size_bytes)
 
-    def fill(self, slot: int, memory: RankMemory, directory: Directory) -> None:
+    def fill(self, slot: int, memory: MappableMemory, directory: Directory) -> None:
         if not isinstance(memory, AdapterMemory):
             raise InvariantBroken("an adapter in memory that no other rank can map")
         self.tell(encode_fill(FillRecord(slot, memory.pid, memory.shared, directory)))
