@@ -133,7 +133,8 @@ class AdapterState:
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """Inside it no other proxy changes the file. Raises Overloaded where one does for too long."""
+        """Inside it no other proxy changes the file. Raises Overloaded where one does for too long, and SettingsError
+        where there can be no lock."""
         try:
             lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -152,6 +153,8 @@ class AdapterState:
                         return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
                         await asyncio.sleep(LOCK_POLL_S)
+                    except OSError as error:  # of a file system without locks
+                        raise self._error(f"cannot be locked: {error.strerror}") from None
         except TimeoutError:
             raise Overloaded("another proxy changes the names of adapters; try again", status=503) from None
 

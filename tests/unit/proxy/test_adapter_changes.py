@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -219,6 +221,17 @@ async def test_a_file_that_others_can_change_is_not_read(tmp_path: Path, start: 
     os.mkfifo(tmp_path / "state.json", 0o600)
     with pytest.raises(SettingsError, match="not a regular file"):
         await start().changes.start()
+
+
+async def test_a_file_system_without_locks_is_an_error_of_the_option(
+    start: Start, named: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(SettingsError, match="cannot be locked: No locks available"):
+        await start().changes.put(named("sql", "a"), in_place=False)
 
 
 async def test_a_file_that_cannot_be_written_leaves_the_names(tmp_path: Path, start: Start, named: Named) -> None:
