@@ -48,8 +48,6 @@ def check_adapters(config: ModelConfig) -> None:
     """SettingsError for a model that takes no adapters."""
     if config.through:
         raise SettingsError(f"--max-loras: {config.architecture} runs through transformers, without adapters")
-    if config.latent is not None:
-        raise SettingsError(f"--max-loras: {config.architecture} has latent attention, which takes no adapters")
 
 
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:

@@ -3,9 +3,10 @@
     y = W x + b (a x)                  a [rank, inputs], b [outputs, rank]; the scaling is in b
     y = row_scale * (W x) + b (a x)    of DoRA, whose factors are in b too
 
-Query, key and value are parts of one product here, gate and up of another (models.layer_weights). Each part of a
-product's outputs has a pair of its own, or none; an adapter that was trained on a merged product has one `a` for all
-its parts. Where an adapter comes from, and where a device keeps it, it does not know.
+Query, key and value are parts of one product here, gate and up of another (models.layer_weights); of latent attention
+queries, or their latent, and the latent of keys and values. Each part of a product's outputs has a pair of its own, or
+none; an adapter that was trained on a merged product has one `a` for all its parts. Where an adapter comes from, and
+where a device keeps it, it does not know.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from baton.models.config import ModelConfig
-from baton.models.layers import DenseMlp, GroupedAttention, LayerShape, describe
+from baton.models.layers import DenseMlp, GroupedAttention, LatentAttention, LayerShape, describe
 
 
 class LowRank(NamedTuple):
@@ -56,9 +57,10 @@ class AdaptedProduct(NamedTuple):
 class LayerAdapter:
     """What an adapter adds in one layer. A product that has no part in it, or cannot be changed, is ()."""
 
-    qkv: Parts = ()  # query, key, value
+    qkv: Parts = ()  # query, key, value; of latent attention the query or its latent, and what is cached
+    query: Parts = ()  # made of the query's latent
     o: Parts = ()
-    gate_up: Parts = ()  # gate, up
+    gate_up: Parts = ()  # gate, up: of a dense MLP, or of the shared expert
     down: Parts = ()
 
     def product(self, name: str) -> Parts:
@@ -67,7 +69,7 @@ class LayerAdapter:
         return parts
 
 
-PRODUCTS = ("qkv", "o", "gate_up", "down")
+PRODUCTS = ("qkv", "query", "o", "gate_up", "down")
 """Of a layer, in the order in which a step computes them."""
 
 
@@ -110,7 +112,8 @@ class Adapter:
 
 
 def adapted_products(config: ModelConfig) -> tuple[dict[str, AdaptedProduct], ...]:
-    """By name, the products of each layer that adapters may change: attention over keys and values, dense MLPs."""
+    """By name, the products of each layer that adapters may change: those of attention but the one that makes keys and
+    values of latents, of dense MLPs and of shared experts."""
     return tuple(layer_products(shape, config.hidden_size) for shape in describe(config))
 
 
@@ -121,7 +124,20 @@ def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProd
         query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
         products["qkv"] = AdaptedProduct(hidden_size, (query, key, key))
         products["o"] = AdaptedProduct(query, (hidden_size,))
-    if isinstance(mlp, DenseMlp):
-        products["gate_up"] = AdaptedProduct(hidden_size, (mlp.width, mlp.width))
-        products["down"] = AdaptedProduct(mlp.width, (hidden_size,))
+    else:
+        products |= _latent_products(attention, hidden_size)
+    dense = mlp if isinstance(mlp, DenseMlp) else mlp.shared
+    if dense is not None:
+        products["gate_up"] = AdaptedProduct(hidden_size, (dense.width, dense.width))
+        products["down"] = AdaptedProduct(dense.width, (hidden_size,))
+    return products
+
+
+def _latent_products(attention: LatentAttention, hidden_size: int) -> dict[str, AdaptedProduct]:
+    dims, products = attention.dims, {}
+    queries = attention.num_heads * dims.query_dim
+    products["qkv"] = AdaptedProduct(hidden_size, (dims.query_rank or queries, dims.row_dim))
+    if dims.query_rank is not None:
+        products["query"] = AdaptedProduct(dims.query_rank, (queries,))
+    products["o"] = AdaptedProduct(attention.num_heads * dims.value_dim, (hidden_size,))
     return products

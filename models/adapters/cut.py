@@ -3,7 +3,7 @@
     query, key, value, gate, up, head:  y[outputs of a rank] = W x + b (a x)              rows of b
     o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
 
-As models.partition cuts the model. The embedding every rank holds whole.
+As models.partition cuts the model. The embedding, and latents of attention, every rank makes whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts
 from baton.models.config import ModelConfig
+from baton.models.latent_config import LatentConfig
 from baton.models.partition import Rank
 
 
@@ -23,21 +24,36 @@ def share_of(adapter: Adapter, config: ModelConfig, rank: Rank) -> Adapter:
     head = None if adapter.whole_head is None else adapter.whole_head[vocabulary.start : vocabulary.stop]
     return replace(
         adapter,
-        layers=tuple(_layer(layer, config, rank) for layer in adapter.layers),
+        layers=tuple(_layer(number, layer, config, rank) for number, layer in enumerate(adapter.layers)),
         lm_head=_outputs(adapter.lm_head, vocabulary),
         whole_head=head,
     )
 
 
-def _layer(layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
+def _layer(number: int, layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
+    attention = _grouped(layer, config, rank) if config.latent is None else _latent(layer, config, config.latent, rank)
+    if not layer.gate_up and not layer.down:
+        return attention
+    experts = config.experts
+    width = experts.shared_width if experts is not None and experts.layers[number] else config.intermediate_size
+    inner = rank.share(width, "rows of an MLP")
+    return replace(attention, gate_up=_outputs(layer.gate_up, inner, inner), down=_inputs(layer.down, inner))
+
+
+def _grouped(layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
     query = _times(rank.share(config.num_heads, "query heads"), config.head_dim)
     key = _times(rank.key_heads(config.num_kv_heads), config.head_dim)
-    inner = rank.share(config.intermediate_size, "rows of an MLP") if layer.gate_up or layer.down else range(0)
+    return LayerAdapter(qkv=_outputs(layer.qkv, query, key, key), o=_inputs(layer.o, query))
+
+
+def _latent(layer: LayerAdapter, config: ModelConfig, dims: LatentConfig, rank: Rank) -> LayerAdapter:
+    heads = rank.share(config.num_heads, "query heads")
+    queries = _times(heads, dims.query_dim)
+    first = queries if dims.query_rank is None else range(dims.query_rank)
     return LayerAdapter(
-        qkv=_outputs(layer.qkv, query, key, key),
-        o=_inputs(layer.o, query),
-        gate_up=_outputs(layer.gate_up, inner, inner),
-        down=_inputs(layer.down, inner),
+        qkv=_outputs(layer.qkv, first, range(dims.row_dim)),
+        query=_outputs(layer.query, queries),
+        o=_inputs(layer.o, _times(heads, dims.value_dim)),
     )
 
 

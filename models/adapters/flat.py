@@ -17,8 +17,6 @@ from baton.node.errors import AdapterError
 ALIGNMENT = 64
 EMBEDDING, LM_HEAD = "embedding", "lm_head"
 """In the place of a product of a layer."""
-NUM_PARTS = {"qkv": 3, "gate_up": 2}
-"""Of products with several."""
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -29,11 +27,12 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PairPlace(msgspec.Struct, frozen=True, array_like=True):
-    """A pair of a part of a product."""
+    """A pair of one of the parts of a product."""
 
     layer: int
     product: str
     part: int
+    num_parts: int
     a: Span
     b: Span
     row_scale: Span | None
@@ -76,8 +75,8 @@ def flatten(
     AdapterError for numbers that the dtype does not have."""
     layout = _Layout(dtype.itemsize)
     pairs = tuple(
-        PairPlace(layer, product, part, layout.span(pair.a), layout.span(pair.b), layout.maybe(pair.row_scale))
-        for layer, product, part, pair in _places(adapter)
+        PairPlace(layer, product, part, count, layout.span(pair.a), layout.span(pair.b), layout.maybe(pair.row_scale))
+        for layer, product, part, count, pair in _places(adapter)
     )
     wholes = layout.maybe(adapter.whole_embedding), layout.maybe(adapter.whole_head)
     norms = {number: layout.span(norm) for number, norm in adapter.norms.items()}
@@ -100,7 +99,7 @@ def view(memory: torch.Tensor, dtype: torch.dtype, directory: Directory) -> Adap
         if place.product in (EMBEDDING, LM_HEAD):
             apart[place.product] = pair
         else:
-            empty: list[LowRank | None] = [None] * NUM_PARTS.get(place.product, 1)
+            empty: list[LowRank | None] = [None] * place.num_parts
             layers[place.layer].setdefault(place.product, empty)[place.part] = pair
     head: Parts = (apart[LM_HEAD],) if LM_HEAD in apart else ()
     made = tuple(LayerAdapter(**{product: tuple(parts) for product, parts in layer.items()}) for layer in layers)
@@ -116,16 +115,18 @@ def view(memory: torch.Tensor, dtype: torch.dtype, directory: Directory) -> Adap
     )
 
 
-def _places(adapter: Adapter) -> Iterable[tuple[int, str, int, LowRank]]:
+def _places(adapter: Adapter) -> Iterable[tuple[int, str, int, int, LowRank]]:
+    """Layer, product, number of the part, number of parts, pair."""
     for index, layer in enumerate(adapter.layers):
         for product in PRODUCTS:
-            for part, pair in enumerate(layer.product(product)):
+            parts = layer.product(product)
+            for part, pair in enumerate(parts):
                 if pair is not None:
-                    yield index, product, part, pair
+                    yield index, product, part, len(parts), pair
     for product, parts in ((EMBEDDING, (adapter.embedding,)), (LM_HEAD, adapter.lm_head)):
         for part, pair in enumerate(parts):
             if pair is not None:
-                yield 0, product, part, pair
+                yield 0, product, part, 1, pair
 
 
 def _maybe(memory: torch.Tensor, dtype: torch.dtype, span: Span | None) -> torch.Tensor | None:

@@ -12,17 +12,12 @@ from baton.models.adapters.adapter import AdaptedProduct, adapted_products
 from baton.models.config import ModelConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
-SEPARATE = {
-    "q_proj": ("qkv", 0),
-    "k_proj": ("qkv", 1),
-    "v_proj": ("qkv", 2),
-    "o_proj": ("o", 0),
-    "gate_proj": ("gate_up", 0),
-    "up_proj": ("gate_up", 1),
-    "down_proj": ("down", 0),
-}
+GROUPED = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0)}
+LATENT = {"kv_a_proj_with_mqa": ("qkv", 1), "o_proj": ("o", 0)}
+PLAIN_QUERIES, LATENT_QUERIES = {"q_proj": ("qkv", 0)}, {"q_a_proj": ("qkv", 0), "q_b_proj": ("query", 0)}
+"""Beside LATENT: queries are made of hidden states, or of a latent of their own."""
+MLP = {"gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}
 MERGED = {"qkv_proj": "qkv", "gate_up_proj": "gate_up"}
-BLOCKS = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
 
 
 class ProductPlace(NamedTuple):
@@ -45,8 +40,8 @@ def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     places: dict[str, Place] = {EMBEDDING: vocabulary, LM_HEAD: vocabulary}
     for layer, products in enumerate(adapted_products(config)):
         for product, shape in products.items():
-            for name, first_part, part in _modules(product, shape, config.merged_projections):
-                module = f"model.layers.{layer}.{BLOCKS[product]}.{name}"
+            for name, first_part, part in _modules(product, shape, config):
+                module = f"model.layers.{layer}.{_block(product, layer, config)}.{name}"
                 places[module] = ProductPlace(layer, product, first_part, part)
     return places
 
@@ -61,13 +56,43 @@ def norm_numbers(config: ModelConfig) -> dict[str, int]:
     return {name: number for number, name in enumerate([*names, "model.norm"])}
 
 
-def _modules(product: str, shape: AdaptedProduct, merged: bool) -> list[tuple[str, int, AdaptedProduct]]:
+def reason_not_adapted(module: str, config: ModelConfig) -> str:
+    """Why adapted_modules does not have a module of that name."""
+    names, experts = module.split("."), config.experts
+    if experts is not None:
+        if "experts" in names:
+            return "belongs to routed experts, which are not adapted here"
+        if names[-1] == experts.rules.router:
+            return "is a router, which is not adapted here"
+        if experts.shared_gated and names[-1] == f"{experts.rules.shared}_gate":
+            return "is the gate of a shared expert, which is not adapted here"
+    if config.latent is not None and names[-1] == "kv_b_proj":
+        return "makes keys and values of latents, which steps do without, so that it is not adapted here"
+    return "this model has no module of that name that can be adapted"
+
+
+def _block(product: str, layer: int, config: ModelConfig) -> str:
+    """What the modules of a product are below, in their layer."""
+    if product not in ("gate_up", "down"):
+        return "self_attn"
+    experts = config.experts
+    return f"mlp.{experts.rules.shared}" if experts is not None and experts.layers[layer] else "mlp"
+
+
+def _modules(product: str, shape: AdaptedProduct, config: ModelConfig) -> list[tuple[str, int, AdaptedProduct]]:
     """Name, first part and shape of each module that makes up a product."""
     for name, of in MERGED.items():
-        if merged and of == product:
+        if config.merged_projections and of == product:
             return [(name, 0, shape)]
     return [
         (name, part, AdaptedProduct(shape.num_inputs, (shape.outputs[part],)))
-        for name, (of, part) in SEPARATE.items()
+        for name, (of, part) in _separate(config).items()
         if of == product
     ]
+
+
+def _separate(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Product and part of each module that is a part alone."""
+    if config.latent is None:
+        return GROUPED | MLP
+    return LATENT | (PLAIN_QUERIES if config.latent.query_rank is None else LATENT_QUERIES) | MLP

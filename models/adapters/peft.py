@@ -16,8 +16,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from baton.models.adapters.adapter import AdaptedProduct, Adapter, LayerAdapter, LowRank, Parts
-from baton.models.adapters.modules import EMBEDDING, LM_HEAD, Place, ProductPlace, adapted_modules, norm_numbers
+from baton.models.adapters.adapter import (
+    AdaptedProduct,
+    Adapter,
+    LayerAdapter,
+    LowRank,
+    Parts,
+    adapted_products,
+)
+from baton.models.adapters.modules import (
+    EMBEDDING,
+    LM_HEAD,
+    Place,
+    ProductPlace,
+    adapted_modules,
+    norm_numbers,
+    reason_not_adapted,
+)
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
 from baton.node.errors import AdapterError
@@ -53,7 +68,7 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     places = adapted_modules(config)
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
-    pairs = _pairs(tensors, places)
+    pairs = _pairs(tensors, places, config)
     if both := sorted(wholes.keys() & pairs.keys()):
         raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
     if not pairs and not wholes and not norms:
@@ -136,7 +151,9 @@ def _is_own(tensor: torch.Tensor, name: str, base_rows: BaseRows) -> bool | None
     return True
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> dict[str, dict[str, torch.Tensor]]:
+def _pairs(
+    tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], config: ModelConfig
+) -> dict[str, dict[str, torch.Tensor]]:
     """By module, both tensors of its pair."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in sorted(tensors.items()):
@@ -146,7 +163,7 @@ def _pairs(tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> 
             raise AdapterError(f"tensor {excerpt(name)}: is {_kind(short)}, which is not supported")
         module = short.removesuffix(ending)
         if module not in places:
-            raise AdapterError(f"tensor {excerpt(name)}: this model has no module of that name that can be adapted")
+            raise AdapterError(f"tensor {excerpt(name)}: {reason_not_adapted(module, config)}")
         if ending.startswith(".lora_embedding") != (module == EMBEDDING):
             raise AdapterError(f"tensor {excerpt(name)}: is not what PEFT saves of this module")
         pair = pairs.setdefault(module, {})
@@ -187,13 +204,15 @@ class _Assembler:
         self._places, self._base_rows = places, base_rows
 
     def adapter(self, pairs: Mapping[str, Mapping[str, torch.Tensor]], digest: bytes) -> Adapter:
-        layers: list[dict[str, Parts]] = [{} for _ in range(self._config.num_layers)]
+        products = adapted_products(self._config)
+        layers: list[dict[str, Parts]] = [{} for _ in products]
         embedding: LowRank | None = None
         lm_head: Parts = ()
         for module, pair in pairs.items():
             place = self._places[module]
             if isinstance(place, ProductPlace):
-                parts = list(layers[place.layer].get(place.product) or _no_parts(place.product))
+                none = (None,) * len(products[place.layer][place.product].outputs)
+                parts = list(layers[place.layer].get(place.product, none))
                 scaled = self._scaled(module, pair, place.shape, self._has_bias(place.product))
                 parts[place.first_part : place.first_part + len(place.shape.outputs)] = _cut(scaled, place.shape)
                 layers[place.layer][place.product] = tuple(parts)
@@ -235,10 +254,6 @@ class _Assembler:
         if not torch.isfinite(row_scale).all():
             raise AdapterError(f"module {module}: a row of the changed weight is zero")
         return LowRank(pair.a, pair.b * row_scale[:, None], row_scale)
-
-
-def _no_parts(product: str) -> list[LowRank | None]:
-    return [None] * {"qkv": 3, "gate_up": 2}.get(product, 1)
 
 
 def _cut(pair: LowRank, shape: AdaptedProduct) -> list[LowRank | None]:

@@ -126,9 +126,9 @@ class _StepOps:
         self._tap(index, self._residual)
         if isinstance(shape, LatentAttention):
             assert isinstance(weights, LatentWeights), "the weights are of this shape"
-            query, row = absorbed(shape, weights, x, self._ropes[shape.rope])
+            query, row = absorbed(shape, weights, x, self._ropes[shape.rope], partial(self._adapters.add, index))
             attended = raised(shape, weights, self._attention(index, query, row, self._step))
-            return self._peers.sum(weights.o(attended))
+            return self._peers.sum(self._adapters.add(index, "o", attended, weights.o(attended)))
         assert isinstance(weights, AttentionWeights), "the weights are of this shape"
         query, kv = self._project(shape, weights, x)
         attended = self._attention(index, query, kv, self._step, weights.sinks)
@@ -139,12 +139,24 @@ class _StepOps:
         if isinstance(layer.mlp, DenseMlpWeights):
             return self._peers.sum(self._dense_mlp(layer.mlp, x, activation))
         assert isinstance(layer.shape.mlp, ExpertsMlp), "the weights are of this shape"
-        return self._peers.sum(_experts_mlp(layer.shape.mlp, layer.mlp, x, activation))
+        return self._peers.sum(self._experts_mlp(layer.shape.mlp, layer.mlp, x, activation))
 
     def _dense_mlp(self, mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         gate_up = self._adapters.add(self._layer, "gate_up", x, mlp.gate_up(x))
         active = activation(gate_up)
         return self._adapters.add(self._layer, "down", active, mlp.down(active))
+
+    def _experts_mlp(
+        self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation
+    ) -> torch.Tensor:
+        logits = mlp.router(x.float())
+        experts, weights = kernels.route(logits, mlp.correction, shape.routing)
+        of_expert = activation if shape.clamped is None else partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
+        added = kernels.apply_experts(x, experts, weights, mlp.gate_up, mlp.down, of_expert, shape.experts.start)
+        if mlp.shared is not None:
+            shared = self._dense_mlp(mlp.shared, x, activation)
+            added += shared if mlp.shared_gate is None else shared * mlp.shared_gate(x).sigmoid()
+        return added
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
@@ -193,19 +205,3 @@ class _StepOps:
             query_key.copy_(kernels.rms_norm(query_key, weights.head_norms, self._eps))
         kernels.apply_rope(query_key[..., : shape.rope.rotary_dim], *self._ropes[shape.rope])
         return heads[:, : shape.num_heads], qkv[:, shape.num_heads * shape.head_dim :].view(len(qkv), 2, -1)
-
-
-def _dense_mlp(mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return mlp.down(activation(mlp.gate_up(x)))
-
-
-def _experts_mlp(shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    logits = mlp.router(x.float())
-    experts, weights = kernels.route(logits, mlp.correction, shape.routing)
-    if shape.clamped is not None:
-        activation = partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
-    added = kernels.apply_experts(x, experts, weights, mlp.gate_up, mlp.down, activation, shape.experts.start)
-    if mlp.shared is not None:
-        shared = _dense_mlp(mlp.shared, x, activation)
-        added += shared if mlp.shared_gate is None else shared * mlp.shared_gate(x).sigmoid()
-    return added

@@ -25,7 +25,8 @@ from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.experts import plan_experts
 from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import Policy, Products, shape_of
-from baton.models.cuda.step_ops import Activations, Step, StepOps, StepProducts
+from baton.models.cuda.step_ops import Activations, Step, StepOps
+from baton.models.cuda.step_products import StepProducts
 from baton.models.families import SILU
 from baton.models.layer_order import Tap, no_tap, run_layers
 from baton.models.layer_weights import (
@@ -72,8 +73,8 @@ class DeviceDecoder:
         qkv = weights.layers[0].attention.qkv.num_outputs
         self._act = Activations.make(config, qkv, mlp_width, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
-        self._latent = LatentLayers(weights, self._products, max_tokens, max_drawn) if config.latent else None
-        self._experts = plan_experts(weights, self._products, policy, max_tokens)
+        self._latent = LatentLayers(weights, max_tokens, max_drawn) if config.latent else None
+        self._experts = plan_experts(weights, policy, max_tokens)
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         tables = {rope: rope_tables(rope, max_len, device) for rope in ropes}
         self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]
@@ -181,13 +182,13 @@ class DeviceDecoder:
             self._tap(index, residual)
             if self._latent is not None:
                 places = step.positions, step.kv_slots
-                self._latent.write(index, qkv, *places, rope, pool, query, pdl=step.pdl)
+                self._latent.write(index, qkv, *places, rope, pool, query, products, pdl=step.pdl)
             else:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
-        products, experts = StepProducts(self._products, self._adapters, step), self._experts
-        ops = StepOps(act, products, experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
+        products = StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
+        ops = StepOps(act, products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:

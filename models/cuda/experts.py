@@ -17,10 +17,11 @@ from baton.kernels.triton import experts_policy
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.route import Routes, choose, router
 from baton.kernels.triton.routed_sum import RoutedSum
-from baton.models.cuda.products import PADDING, Policy, Products, invariant
+from baton.models.cuda.products import PADDING, Policy, invariant
 from baton.models.cuda.products.experts_dense import DenseExperts
 from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.models.cuda.step_products import StepProducts
 from baton.models.families import SILU
 from baton.models.layer_weights import ExpertsWeights, Weights
 from baton.models.layers import ExpertsMlp
@@ -47,13 +48,12 @@ class ExpertBlocks:
     def __init__(
         self,
         blocks: Sequence[tuple[ExpertsMlp, ExpertsWeights]],
-        products: Products,
         max_tokens: int,
         deterministic: bool,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """products: for the shared experts. deterministic: a token's bits do not depend on the others."""
+        """deterministic: a token's bits do not depend on the others."""
         sizes = {
             ExpertsSizes(shape.routing, shape.experts, weights.gate_up.num_inputs, shape.width, shape.clamped)
             for shape, weights in blocks
@@ -61,7 +61,7 @@ class ExpertBlocks:
         if len(sizes) != 1 or any(shape.activation != SILU for shape, _ in blocks):
             raise SettingsError("the GPU's experts are all of one size, with silu")
         (self._sizes,) = sizes
-        self._products, self._deterministic = products, deterministic
+        self._deterministic = deterministic
         formats = {each.weight_format for _, weights in blocks for each in (weights.gate_up, weights.down)}
         self._by_format: dict[str, ExpertProducts] = {
             each: _products_of(each, self._sizes, max_tokens, deterministic, dtype, device) for each in formats
@@ -81,17 +81,25 @@ class ExpertBlocks:
         self._no_padding = torch.zeros(max_tokens, dtype=torch.int32, device=device)
 
     def __call__(
-        self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, kv_slots: torch.Tensor | None, *, pdl: bool
+        self,
+        shape: ExpertsMlp,
+        mlp: ExpertsWeights,
+        x: torch.Tensor,
+        products: StepProducts,
+        layer: int,
+        kv_slots: torch.Tensor | None,
+        *,
+        pdl: bool,
     ) -> RoutedSum:
-        """What the block adds to T tokens, valid until the next is computed; x is [T, hidden].
+        """What the block of a layer adds to T tokens, valid until the next is computed; x is [T, hidden].
 
-        kv_slots: int32 [T], -1 for tokens that pad the step; None: there are none.
+        products: for the shared expert. kv_slots: int32 [T], -1 for tokens that pad the step; None: there are none.
         """
         num_tokens, routing = len(x), shape.routing
         if mlp.gate_up.weight_format != mlp.down.weight_format:
             raise InvariantBroken("experts of two formats in one block")
-        products = self._by_format[mlp.gate_up.weight_format]
-        routes = self._routes.first(num_tokens, routing, products.tile_rows(num_tokens))
+        of_experts = self._by_format[mlp.gate_up.weight_format]
+        routes = self._routes.first(num_tokens, routing, of_experts.tile_rows(num_tokens))
         gate = None if mlp.shared_gate is None else mlp.shared_gate.weight
         width = routing.num_experts + (gate is not None)
         splits = self._splits(num_tokens)
@@ -102,12 +110,12 @@ class ExpertBlocks:
         router(x, mlp.router.weight, gate, logits, fixed=fixed, pdl=pdl)
         bias = mlp.router.bias
         choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, logit_bias=bias, fixed=fixed, pdl=pdl)
-        rows = products(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
+        rows = of_experts(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
         if mlp.shared is None:
             return RoutedSum(rows, routes)
         gated = self._gated[: num_tokens * mlp.shared.down.num_inputs].view(num_tokens, -1)
-        inner = self._products.gated(mlp.shared.gate_up, x, gated, mlp.shared.down, pdl=pdl)
-        added = self._products(mlp.shared.down, inner, self._shared[:num_tokens], pdl=pdl)
+        inner = products.gated(layer, mlp.shared.gate_up, x, gated, mlp.shared.down)
+        added = products(layer, "down", mlp.shared.down, inner, self._shared[:num_tokens])
         return RoutedSum(rows, routes, added, gate is not None)
 
     def _splits(self, num_tokens: int) -> int:
@@ -115,7 +123,7 @@ class ExpertBlocks:
         return experts_policy.router_splits(num_tokens, self._sizes.hidden, self._deterministic)
 
 
-def plan_experts(weights: Weights, products: Products, policy: Policy, max_tokens: int) -> ExpertBlocks | None:
+def plan_experts(weights: Weights, policy: Policy, max_tokens: int) -> ExpertBlocks | None:
     """The blocks of a model's layers; None: it has none."""
     blocks = [
         (layer.shape.mlp, layer.mlp)
@@ -125,7 +133,7 @@ def plan_experts(weights: Weights, products: Products, policy: Policy, max_token
     if not blocks:
         return None
     dtype, device = weights.embedding.dtype, str(weights.embedding.device)
-    return ExpertBlocks(blocks, products, max_tokens, policy is invariant, dtype, device)
+    return ExpertBlocks(blocks, max_tokens, policy is invariant, dtype, device)
 
 
 def _products_of(

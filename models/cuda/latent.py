@@ -22,7 +22,8 @@ from baton.kernels.triton.rope_write import RopeTables
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import Attend
-from baton.models.cuda.products import PADDING, Products
+from baton.models.cuda.products import PADDING
+from baton.models.cuda.step_products import StepProducts
 from baton.models.latent_config import LATENT_NORM_EPS, LatentConfig
 from baton.models.layer_weights import LatentWeights, Weights
 from baton.models.layers import LatentAttention
@@ -38,9 +39,8 @@ class LatentLayers:
     """The layers of one model, and memory for what they compute of up to max_tokens tokens, max_rows of which decode;
     not for two steps at a time."""
 
-    def __init__(self, weights: Weights, products: Products, max_tokens: int, max_rows: int) -> None:
+    def __init__(self, weights: Weights, max_tokens: int, max_rows: int) -> None:
         self._layers = latent_layers(weights)
-        self._products = products
         shape, _ = self._layers[0]
         dims, dtype, device = shape.dims, weights.embedding.dtype, weights.embedding.device
         rows = max_tokens + PADDING if dims.query_rank is not None else 0
@@ -57,6 +57,7 @@ class LatentLayers:
         rope: RopeTables,
         pool: PagedPool,
         query: torch.Tensor,
+        products: StepProducts,
         *,
         pdl: bool,
     ) -> None:
@@ -70,7 +71,7 @@ class LatentLayers:
             target, interleaved=interleaved, pdl=pdl,
         )  # fmt: skip
         if weights.query is not None:
-            made = self._products(weights.query, target, self._queries[:count], pdl=pdl)
+            made = products(index, "query", weights.query, target, self._queries[:count])
             rotate_queries(made, positions, rope, query, interleaved=interleaved, pdl=pdl)
 
     def attend_rows(

@@ -14,16 +14,15 @@ import torch
 
 from baton.kernels import Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
-from baton.kernels.triton.low_rank import AddedProduct
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.rank_words import RankInbox
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.whole_norm import whole_norm
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.attention import Attend
 from baton.models.cuda.experts import ExpertBlocks
-from baton.models.cuda.products import PADDING, Products, Rows, plain
+from baton.models.cuda.products import PADDING, Rows, plain
+from baton.models.cuda.step_products import StepProducts
 from baton.models.families import SILU
 from baton.models.layer_weights import (
     AttentionWeights,
@@ -92,45 +91,6 @@ class Step:
     adapters: AdapterRows | None = None
 
 
-class StepProducts:
-    """Products of one step, with what the adapters of its rows add to them."""
-
-    def __init__(self, products: Products, adapters: AdapterSteps | None, step: Step) -> None:
-        self._products, self._adapters = products, adapters
-        self._rows, self._pdl = step.adapters, step.pdl
-
-    def keep(self, drawn: torch.Tensor) -> None:
-        """From now on the step has these of its rows."""
-        if self._rows is not None:
-            assert self._adapters is not None, "a step with adapters of a decoder without"
-            self._rows = self._adapters.keep(self._rows, drawn)
-
-    def codes_for(self, reader: Linear, num_rows: int) -> Rows | None:
-        """As Products; adapters multiply plain rows."""
-        return self._products.codes_for(reader, num_rows) if self._rows is None else None
-
-    def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
-        """name: as BankLayout has it."""
-        return self._products(weights, x, out, self._added(layer, name, x), pdl=self._pdl)
-
-    def gated(self, layer: int, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear) -> Rows:
-        added = self._added(layer, "gate_up", x)
-        following = reader if self._rows is None else None
-        return self._products.gated(gate_up, x, out, following, added, pdl=self._pdl)
-
-    def gelu_gated(
-        self, layer: int, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear
-    ) -> Rows:
-        added = self._added(layer, "gate_up", x)
-        return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
-
-    def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
-        if self._rows is None:
-            return None
-        assert self._adapters is not None, "a step with adapters of a decoder without"
-        return self._adapters.added(layer, name, plain(x), self._rows, pdl=self._pdl)
-
-
 class StepOps:
     """models.layer_order.LayerOps of one step, over the memory that all steps share."""
 
@@ -196,7 +156,7 @@ class StepOps:
         mlp, shape = layer.mlp, layer.shape.mlp
         if isinstance(mlp, ExpertsWeights):
             assert isinstance(shape, ExpertsMlp) and self._experts is not None, "planned with the weights"
-            return self._experts(shape, mlp, plain(x), self._kv_slots, pdl=self._step.pdl)
+            return self._experts(shape, mlp, plain(x), self._products, self._index, self._kv_slots, pdl=self._step.pdl)
         if shape.activation == SILU:
             gated = self._products.gated(self._index, mlp.gate_up, x, self._gated, mlp.down)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from baton.models.adapters.peft import read_adapter
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import WEIGHTS_NAME, read_facts
 from baton.node.errors import AdapterError
+from baton.tests.unit.models.conftest import LATENT, Made
 
 DEMO = Path(__file__).resolve().parents[4] / "models" / "demo"
 CONFIG = ModelConfig.from_folder(DEMO)
@@ -125,6 +127,35 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
     folder = write(tmp_path, tensors)
     with pytest.raises(AdapterError, match=expected):
         read_adapter(folder, CONFIG, rows_of_folder(DEMO, tied=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "expected"),
+    [
+        ("mixtral", "block_sparse_moe.experts.1.w2", "belongs to routed experts"),
+        ("mixtral", "block_sparse_moe.gate", "is a router"),
+        ("mixtral", "mlp.gate", "is a router"),
+        ("gpt_oss", "mlp.router", "is a router"),
+        ("qwen2_moe", "mlp.experts.3.gate_proj", "belongs to routed experts"),
+        ("qwen2_moe", "mlp.experts", "belongs to routed experts"),
+        ("qwen2_moe", "mlp.experts.base_layer", "belongs to routed experts"),
+        ("qwen2_moe", "mlp.gate", "is a router"),
+        ("qwen2_moe", "mlp.shared_expert_gate", "is the gate of a shared expert"),
+        ("qwen2_moe", "mlp.up_proj", "this model has no module"),
+        ("deepseek_v2", "self_attn.kv_b_proj", "makes keys and values of latents"),
+        ("deepseek_v2", "self_attn.q_proj", "this model has no module"),
+    ],
+)
+def test_modules_that_are_not_adapted_are_refused_by_name(
+    family: str, module: str, expected: str, make_model: Callable[..., Made], tmp_path: Path
+) -> None:
+    """Guards against experts and routers without what an adapter adds to them: by names of files, of PEFT for modules,
+    and of PEFT for parameters."""
+    few = {"num_hidden_layers": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = ModelConfig.from_folder(make_model(family, **LATENT | few).folder)
+    name = f"base_model.model.model.layers.0.{module}.lora_A.weight"
+    with pytest.raises(AdapterError, match=f"tensor {name}: {expected}"):
+        read_adapter(write(tmp_path, {name: torch.ones(8, HIDDEN)}), config)
 
 
 @pytest.mark.parametrize("name", FIELDS)

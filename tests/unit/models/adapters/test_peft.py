@@ -8,10 +8,9 @@ import torch
 from baton.models.adapters.base_rows import rows_of_folder
 from baton.models.adapters.peft import read_adapter
 from baton.models.batch import Draw, Row
-from baton.models.check import check_adapters
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
-from baton.node.errors import SettingsError
+from baton.node.errors import AdapterError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.rank_threads import RankThreads
 from baton.tests.unit.models.conftest import LATENT
@@ -21,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = "all-linear"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ADAPTERS = {
     "all linear modules": ("llama", {}, {"target_modules": ALL, "r": 8}),
     "rank 1 in two modules": ("llama", {}, {"target_modules": ["q_proj", "v_proj"], "r": 1}),
@@ -70,6 +70,28 @@ ADAPTERS = {
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         {"target_modules": ATTENTION},
+    ),
+    "shared experts, a dense layer": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+        {"target_modules": ALL, "exclude_modules": ["shared_expert_gate"], "r": 8},
+    ),
+    "attention with norms of heads, experts": ("qwen3_moe", EXPERTS, {"target_modules": ATTENTION}),
+    "attention with norms of rows, experts": ("olmoe", EXPERTS | {"head_dim": 12}, {"target_modules": ATTENTION}),
+    "attention with sinks and biases, experts": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        {"target_modules": ATTENTION},
+    ),
+    "latent attention, magnitudes (DoRA)": (
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": None},
+        {"target_modules": ["q_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True},
+    ),
+    "latent attention, queries with a latent": (
+        "deepseek_v3",
+        LATENT | {"head_dim": 16},
+        {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]},
     ),
 }
 
@@ -192,6 +214,9 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("merged projections", 2),
         ("magnitudes (DoRA)", 2),
         ("attention beside experts", 2),
+        ("shared experts, a dense layer", 2),
+        ("latent attention, magnitudes (DoRA)", 2),
+        ("latent attention, queries with a latent", 4),
     ],
 )
 def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, sequences, prompt):
@@ -244,10 +269,12 @@ def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prom
     assert logits_of(adapter.model, known, 6).argmax(-1).tolist() == known[len(prompt) :]
 
 
-def test_models_that_take_no_adapters_say_so(make_model):
-    config = ModelConfig.from_folder(make_model("deepseek_v3", **LATENT).folder)
-    with pytest.raises(SettingsError, match="latent attention, which takes no adapters"):
-        check_adapters(config)
+def test_experts_that_peft_adapts_as_parameters_are_refused(make_model, make_adapter):
+    """Guards against an adapter without what it adds to experts: transformers has theirs in one parameter a layer."""
+    made = make_model("qwen3_moe", **EXPERTS)
+    adapter = make_adapter(made.reference, target_modules=ATTENTION, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(AdapterError, match="'target_parameters' is not supported"):
+        read_adapter(adapter.folder, ModelConfig.from_folder(made.folder))
 
 
 def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):

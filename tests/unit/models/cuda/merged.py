@@ -12,7 +12,7 @@ from baton.models.adapters.adapter import PRODUCTS, Adapter, LayerAdapter, LowRa
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
-from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+from baton.models.layer_weights import DenseMlpWeights, LatentWeights, LayerWeights, Weights
 
 SIZE = 0.7
 """Of what an adapter adds, against the product: so that other tokens come of it."""
@@ -40,16 +40,24 @@ def random_adapter(config: ModelConfig, ranks: Sequence[int], seed: int, without
 
 
 def merged(weights: Weights, adapter: Adapter) -> Weights:
-    """Plain weights of dense layers with W + b a in the place of W."""
+    """Plain weights with W + b a in the place of W."""
     layers = []
     for layer, changes in zip(weights.layers, adapter.layers, strict=True):
         attention, mlp = layer.attention, layer.mlp
-        assert isinstance(attention, AttentionWeights) and isinstance(mlp, DenseMlpWeights)
+        if isinstance(attention, LatentWeights) and attention.query is not None:
+            attention = replace(attention, query=_with(attention.query, changes.query))
         attention = replace(attention, qkv=_with(attention.qkv, changes.qkv), o=_with(attention.o, changes.o))
-        mlp = replace(mlp, gate_up=_with(mlp.gate_up, changes.gate_up), down=_with(mlp.down, changes.down))
+        if isinstance(mlp, DenseMlpWeights):
+            mlp = _merged_mlp(mlp, changes)
+        elif mlp.shared is not None:
+            mlp = replace(mlp, shared=_merged_mlp(mlp.shared, changes))
         changed: LayerWeights = replace(layer, attention=attention, mlp=mlp)
         layers.append(changed)
     return replace(weights, layers=tuple(layers))
+
+
+def _merged_mlp(mlp: DenseMlpWeights, changes: LayerAdapter) -> DenseMlpWeights:
+    return replace(mlp, gate_up=_with(mlp.gate_up, changes.gate_up), down=_with(mlp.down, changes.down))
 
 
 def _with(linear: Linear, parts: Parts) -> Linear:

@@ -16,12 +16,13 @@ from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import Policy, untuned
+from baton.models.cuda.products import Policy, fastest, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.node.errors import AdapterError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
+from baton.tests.unit.models.conftest import LATENT
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
 
@@ -94,6 +95,33 @@ def test_logits_and_tokens_of_mixed_batches_equal_those_of_merged_weights(served
     alone = one_after_the_other
     assert run.generated(0)[:2] == alone(served.by_adapter[None], PROMPTS[1], TABLES[0], 2)
     assert run.generated(1)[:2] == alone(served.by_adapter[0], PROMPTS[2], TABLES[1], 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}),
+        ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}),
+        ("deepseek_v2", LATENT | {"q_lora_rank": None}),
+    ],
+)
+def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_weights(make_model, family, config):
+    """Guards products that are launched beside those of dense layers: of shared experts, of rows that are left behind
+    the last layer's attention too, and of latent attention with queries' latents and without."""
+    sizes = {"v_head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    config |= sizes | {"num_hidden_layers": 1, "vocab_size": 144}
+    served = Served(make_model(family, **config).folder, fastest, mixed_tokens=1)
+    run = Ahead(served.late)
+    run.adapters = NAMED
+    for slot, prompt in PROMPTS.items():
+        run.start(slot, prompt, TABLES[slot])
+    run.launch(list(PROMPTS), 9)
+    run.launch(list(PROMPTS), 9)
+    run.launch(list(PROMPTS))
+    found = [run.generated(slot)[:2] for slot in PROMPTS]
+    assert [len(tokens) for tokens in found] == [2, 2, 2]
+    assert found == [served.expected(slot, 2) for slot in PROMPTS]
+    assert found[0] != one_after_the_other(served.by_adapter[None], PROMPTS[0], TABLES[0], 2), "it changes nothing"
 
 
 def test_adapters_that_no_kernel_runs_are_refused(make_model):

@@ -1,0 +1,56 @@
+"""Products of one step on a GPU, with what the adapters of its rows add to them.
+
+Parts of a layer that are launched elsewhere (experts, latent attention) multiply by these too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton.kernels import Linear
+from baton.kernels.triton.adapter_rows import AdapterRows
+from baton.kernels.triton.low_rank import AddedProduct
+from baton.models.cuda.adapter_steps import AdapterSteps
+from baton.models.cuda.products import Products, Rows, plain
+
+
+class StepProducts:
+    """Of one step, layer by layer."""
+
+    def __init__(
+        self, products: Products, adapters: AdapterSteps | None, rows: AdapterRows | None, *, pdl: bool
+    ) -> None:
+        """rows: those with adapters; None: none has one."""
+        self._products, self._adapters = products, adapters
+        self._rows, self._pdl = rows, pdl
+
+    def keep(self, drawn: torch.Tensor) -> None:
+        """From now on the step has these of its rows."""
+        if self._rows is not None:
+            assert self._adapters is not None, "a step with adapters of a decoder without"
+            self._rows = self._adapters.keep(self._rows, drawn)
+
+    def codes_for(self, reader: Linear, num_rows: int) -> Rows | None:
+        """As Products; adapters multiply plain rows."""
+        return self._products.codes_for(reader, num_rows) if self._rows is None else None
+
+    def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
+        """name: as BankLayout has it."""
+        return self._products(weights, x, out, self._added(layer, name, x), pdl=self._pdl)
+
+    def gated(self, layer: int, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear) -> Rows:
+        added = self._added(layer, "gate_up", x)
+        following = reader if self._rows is None else None
+        return self._products.gated(gate_up, x, out, following, added, pdl=self._pdl)
+
+    def gelu_gated(
+        self, layer: int, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear
+    ) -> Rows:
+        added = self._added(layer, "gate_up", x)
+        return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
+
+    def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
+        if self._rows is None:
+            return None
+        assert self._adapters is not None, "a step with adapters of a decoder without"
+        return self._adapters.added(layer, name, plain(x), self._rows, pdl=self._pdl)
