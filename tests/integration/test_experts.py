@@ -1,11 +1,13 @@
-"""A model of experts and latent attention over a cluster: its workers give the tokens of transformers."""
+"""A model of experts and latent attention over a cluster: its workers give the tokens of transformers, and of PEFT."""
 
 from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 
 DEMO = Path(baton.__file__).parent / "models" / "demo"
 VOCAB_SIZE, MAX_TOKENS = 4096, 12
+ADAPTERS = ("one", "two")
 
 
 @pytest.fixture
@@ -56,24 +59,54 @@ def made(tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
     return folder, model
 
 
-def test_handed_over_chunked_and_cached_prompts_give_the_tokens_of_transformers(made, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Guards what a transfer carries of latent attention, and experts that another worker computed the prompt with."""
-    folder, model = made
+@pytest.fixture
+def adapted(made, tmp_path: Path) -> peft.PeftModel:  # type: ignore[no-untyped-def]
+    """The model with random adapters of its attention, saved in a folder for each."""
+    config = peft.LoraConfig(r=4, target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"])
+    model = peft.get_peft_model(made[1], config, ADAPTERS[0])
+    model.add_adapter(ADAPTERS[1], config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    model.save_pretrained(tmp_path / "adapters")
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_handed_over_chunked_and_cached_prompts_give_the_tokens_of_transformers(
+    made: tuple[Path, transformers.PreTrainedModel], adapted: peft.PeftModel, tmp_path: Path
+) -> None:
+    """Guards what a transfer carries of latent attention, experts that another worker computed the prompt with, and KV
+    of the same prompt with an adapter, with another, and without."""
     chance = torch.Generator().manual_seed(2)
     prompts = [torch.randint(5, VOCAB_SIZE, (size,), generator=chance).tolist() for size in (3, 17, 40, 40, 90, 130)]
-    chunks = ("--max-chunk-tokens", "24")
-    with Cluster(1, 1, model=str(folder), prefill_args=chunks, log_folder=tmp_path) as cluster:
+    cases = [(prompt, "") for prompt in prompts] + [(prompt, name) for name in ADAPTERS for prompt in prompts[-2:]]
+    with Cluster(
+        model=str(made[0]),
+        proxy_args=(
+            *("--local-prefill", "never", "--lora-modules"),
+            *(f"{name}={tmp_path / 'adapters' / name}" for name in ADAPTERS),
+        ),
+        worker_args=("--max-loras", "2"),
+        prefill_args=("--max-chunk-tokens", "24"),
+        log_folder=tmp_path,
+    ) as cluster:
 
-        def ask(prompt: list[int]) -> list[int]:
-            answer = cluster.complete(prompt, max_tokens=MAX_TOKENS, ignore_eos=True, return_token_ids=True)
+        def ask(case: tuple[list[int], str]) -> list[int]:
+            prompt, name = case
+            body = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "return_token_ids": True}
+            answer = cluster.complete(prompt, **(body | ({"model": name} if name else {})))
             return list(answer["choices"][0]["token_ids"])
 
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            answers = list(threads.map(ask, prompts))
-        assert [ask(prompt) for prompt in prompts] == answers, "with prefix hits"
+        with ThreadPoolExecutor(len(cases)) as threads:
+            answers = list(threads.map(ask, cases))
+        assert [ask(case) for case in cases] == answers, "with prefix hits"
         assert sum(cluster.worker_values("transfers_received_total").values()) > 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.inference_mode():
-            theirs = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        assert answer == theirs.argmax(-1).tolist()
+    for (prompt, name), answer in zip(cases, answers, strict=True):
+        if name:
+            adapted.set_adapter(name)
+        with torch.inference_mode(), nullcontext() if name else adapted.disable_adapter():
+            theirs = adapted(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert answer == theirs.argmax(-1).tolist(), name
+    assert len({tuple(answer) for answer in answers}) == len(cases), "an adapter changes nothing"
     assert len({token for answer in answers for token in answer}) > 20, "a model that repeats itself shows nothing"
