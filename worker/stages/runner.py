@@ -44,7 +44,7 @@ class PipelineRunner:
         if not rows:
             return Done([])
         self._following.send(encode_rows(rows), bytes_of(self._first.advance(rows)))
-        return PipelinedStep(self._last)
+        return PipelinedStep(self._last, len(rows))
 
 
 class PipelinedStep:
@@ -53,8 +53,8 @@ class PipelinedStep:
     device_time = None
     masked_drafts: Sequence[Sequence[int]] = ()  # no step in stages has drafts
 
-    def __init__(self, last: StepLink) -> None:
-        self._last = last
+    def __init__(self, last: StepLink, num_rows: int) -> None:
+        self._last, self._num_rows = last, num_rows
         self._scores: Mapping[int, tuple[PromptLogprob, ...]] | None = None
 
     def complete(self, masks: np.ndarray) -> None:
@@ -62,7 +62,7 @@ class PipelinedStep:
 
     def read(self) -> list[Drawn | None]:
         record, _ = self._last.receive(STEP_S)
-        step = decode_drawn(record)
+        step = decode_drawn(record, self._num_rows)
         self._scores = step.prompt_logprobs
         return step.drawn
 

@@ -16,7 +16,7 @@ from baton.models.batch import Draw, Drawn, Launched, Row
 from baton.node.errors import PeerLost
 from baton.node.messages.control import Grammar, Logprob, PromptLogprob, SamplingSpec
 from baton.worker.stages.links import StageLink, stage_pair
-from baton.worker.stages.messages import StepDrawn, encode_drawn
+from baton.worker.stages.messages import StepDrawn, decode_drawn, decode_masks, decode_rows, encode_drawn, residual_of
 from baton.worker.stages.runner import PipelineRunner
 from baton.worker.stages.work import Entering, work
 
@@ -136,6 +136,25 @@ def test_the_loss_of_a_stage_ends_what_waits_for_it(rig):
     rig.middle.may_go.release()
     with pytest.raises(PeerLost, match="stage 2 has ended"):
         step.read()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: decode_rows(b"\xc1"),
+        lambda: residual_of(bytearray(6), torch.float32, 2),
+        lambda: residual_of(bytearray(), torch.float32, 1),
+        lambda: decode_masks(b"\x02", bytearray(12)),
+        lambda: decode_masks(b"\xa1", bytearray(4)),
+        lambda: decode_drawn(b"\x90", 1),
+        lambda: decode_drawn(encode_drawn(StepDrawn([None], {})), 2),
+        lambda: decode_drawn(encode_drawn(StepDrawn([None], SCORES | {1: ()})), 1),
+    ],
+)
+def test_what_is_no_message_of_a_stage_is_its_loss(read):
+    """Guards against a stage that ends by an error of a library, and answers that go to other rows."""
+    with pytest.raises(PeerLost, match="a stage"):
+        read()
 
 
 def test_a_wait_has_an_end():
