@@ -19,7 +19,7 @@ from baton.models.adapters.flat import Directory
 from baton.models.batch import Row
 from baton.models.cpu.peers import FilledSlot, MappableMemory, sum_in_order
 from baton.models.partition import Rank
-from baton.node.errors import InvariantBroken
+from baton.node.errors import InvariantBroken, PeerLost
 from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.members import shared_bytes
 from baton.worker.ranks.messages import SharedBytes
@@ -54,10 +54,14 @@ class AdapterMemory:
         return found
 
     @classmethod
-    def of(cls, record: FillRecord) -> AdapterMemory:
-        """Mapped. PeerLost if that process is gone."""
+    def of(cls, record: FillRecord) -> AdapterMemory | None:
+        """Mapped. None if it is gone: what is in a slot is kept, so this slot was filled again since, and no step of
+        this fill is to come. If its process is gone, that is noticed at the link to it."""
         shared = record.memory
-        reader = SharedReader(record.pid, SharedFile(shared.fd, shared.size_bytes, shared.nonce), writable=True)
+        try:
+            reader = SharedReader(record.pid, SharedFile(shared.fd, shared.size_bytes, shared.nonce), writable=True)
+        except PeerLost:
+            return None
         return cls(torch.frombuffer(reader.view, dtype=torch.uint8), shared, record.pid)
 
 
@@ -80,10 +84,10 @@ class ProcessPeers:
 
     def begun(self) -> list[Row] | FilledSlot:
         """Wait for rank 0 to begin a step, or to fill a slot, as long as it lives."""
-        found = self._records.decode(self.hear())
-        if not isinstance(found, FillRecord):
-            return found
-        return FilledSlot(found.slot, AdapterMemory.of(found).tensor, found.directory)
+        while isinstance(found := self._records.decode(self.hear()), FillRecord):
+            if (memory := AdapterMemory.of(found)) is not None:
+                return FilledSlot(found.slot, memory.tensor, found.directory)
+        return found
 
     def allocate(self, size_bytes: int) -> MappableMemory:
         return AdapterMemory.made(size_bytes)

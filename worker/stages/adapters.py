@@ -34,4 +34,5 @@ class StagedSlots:
 
 def fill_as_first(slots: CpuAdapterSlots, record: FillRecord) -> None:
     """In a stage after the first, and its ranks."""
-    slots.fill(record.slot, FlatAdapter(AdapterMemory.of(record), record.directory))
+    if (memory := AdapterMemory.of(record)) is not None:
+        slots.fill(record.slot, FlatAdapter(memory, record.directory))

@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
-from baton.models.adapters.flat import flatten, view
+from baton.models.adapters.flat import Directory, flatten, view
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.worker.ranks.exchange import SLOT_BYTES, ProcessPeers, memory_bytes
 from baton.worker.ranks.links import RankLink, pair
+from baton.worker.ranks.records import FillRecord, encode_fill
+from baton.worker.stages.adapters import fill_as_first
 
 COUNT = 3
 GREEDY = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
@@ -131,6 +133,34 @@ def test_an_adapter_reaches_all_ranks_without_a_copy(group):
         assert (filled.slot, found.digest, found.layers[0].qkv) == (4, bytes(32), ())
         assert found.layers[1].qkv[0] is None and torch.equal(found.whole_head, adapter.whole_head)
         assert all(map(torch.equal, found.layers[1].qkv[1].tensors, pair.tensors))
+
+
+def test_an_adapter_that_went_before_a_rank_mapped_it_is_left_out(group):
+    """Guards against a worker that ends since a request was cancelled: its adapter has left the slot, and memory, while
+    another stage, with its ranks, is steps behind."""
+    memory = group[0].allocate(4)
+    record = FillRecord(4, memory.pid, memory.shared, Directory(bytes(32), 0, (), None, None, {}))
+    del memory
+    rows = [Row((7,), 31, [4, 5], GREEDY)]
+
+    def lead():
+        group[0].tell(encode_fill(record))
+        group[0].begin(rows)
+
+    _, *received = together(lead, *(peers.begun for peers in group[1:]))
+    assert [found[0].token_ids for found in received] == [(7,)] * 2
+    slots = NoAdapters()
+    fill_as_first(slots, record)
+    assert not slots.filled
+
+
+class NoAdapters:
+    """Slots that are never filled."""
+
+    filled = False
+
+    def fill(self, slot, adapter):
+        self.filled = True
 
 
 def test_a_rank_that_has_ended_is_noticed_at_once(group, links):
