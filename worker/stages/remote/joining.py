@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from baton.kvtransfer.blocks.checksum import SUM_BYTES
 from baton.kvtransfer.blocks.pool import BlockPool
-from baton.kvtransfer.blocks.stage_pools import layer_sums
+from baton.kvtransfer.blocks.stage_pools import LayerMemory, layer_sums
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.models.batch import Row
 from baton.node.errors import PeerLost
@@ -68,6 +68,8 @@ class FirstStageLink:
         """The first stage has said that the worker ends."""
         self._answers: SimpleQueue[StageMessage | PeerLost] = SimpleQueue()
         self._plane: Plane | None = None
+        self._num_rows = 0
+        """Of the pool, as the end of the plane counts them."""
         self._copies: StageCopies | None = None
         self._cancelled: set[bytes] = set()
         self._joined = False
@@ -99,7 +101,7 @@ class FirstStageLink:
 
     def use(self, plane: Plane, pool: BlockPool) -> None:
         """Its end of the data plane, which belongs to the transport's thread from now on, and the pool."""
-        self._copies = StageCopies(pool)
+        self._copies, self._num_rows = StageCopies(pool), LayerMemory(pool).num_blocks
         ready = StageReady(plane=plane.describe())
         self._plane = plane
         self.send(ready)
@@ -125,7 +127,7 @@ class FirstStageLink:
             case PeerForgotten() if self._plane is not None:
                 self._plane.forget(message.peer)
             case PieceSend() if self._plane is not None:
-                rows = rows_of(message)
+                rows = rows_of(message, self._num_rows)
                 self._plane.post_send(message.peer, ChunkKey(message.transfer_id, message.seq, message.retry), rows)
             case PieceCancel() if self._plane is not None:
                 self._plane.cancel(message.transfer_id)
@@ -177,10 +179,11 @@ class FirstStageLink:
         self._transport.send_parcel(FIRST, channel, record, data)
 
 
-def rows_of(send: PieceSend) -> list[int]:
-    """PeerLost for more than a pool has."""
-    if (total := sum(count for _, count in send.runs)) > MAX_ROWS:
-        raise PeerLost(f"{total} rows in one send")
+def rows_of(send: PieceSend, num_rows: int) -> list[int]:
+    """PeerLost for rows that a pool of so many does not have, and for too many of them."""
+    total, end = sum(count for _, count in send.runs), max(first + count for first, count in send.runs)
+    if not 0 < total <= MAX_ROWS or end > num_rows:
+        raise PeerLost(f"{total} rows in one send, up to {end} of {num_rows}")
     return list(chain.from_iterable(range(first, first + count) for first, count in send.runs))
 
 

@@ -68,6 +68,8 @@ class StageAssigned(Base, frozen=True):
 
 
 class StageLoaded(Base, frozen=True):
+    """It has loaded its part of the model."""
+
     fingerprint: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Of all weights of the model (models.fingerprint): stages of different weights would make KV of none."""
 
@@ -139,6 +141,8 @@ class PeerKnown(Base, frozen=True):
 
 
 class PeerForgotten(Base, frozen=True):
+    """Nothing more is sent to it; sends that are left end as failed."""
+
     peer: Annotated[str, Meta(min_length=1, max_length=128)]
 
 
@@ -170,6 +174,8 @@ class PieceEnded(Base, frozen=True):
 
 
 class PieceIdle(Base, frozen=True):
+    """The answer to PieceCancel."""
+
     transfer_id: TransferId
 
 

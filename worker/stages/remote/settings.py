@@ -13,6 +13,8 @@ from baton.node.settings import option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSettings:
+    """The settings of `baton stage`. All others, of the model and of steps, come from the first stage."""
+
     model: str = option("demo", help="model, as the prefill worker has it: a Hugging Face folder, a hub id, or 'demo'")
     first: str = option(metavar="ADDRESS", help="address of the first stage: --stages-bind of the prefill worker")
     bind: str = option("tcp://127.0.0.1:0", help="address that decode workers connect to; port 0: a free one")

@@ -272,15 +272,17 @@ def test_the_list_of_messages_has_all_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [each for each in one_of_each_stage_message() if isinstance(each, PieceSend)], ids=["too many rows"]
+    "runs", [((0, 1 << 62),), ((0, 1), (79, 2)), ((0, 0),)], ids=["too many rows", "rows of no pool", "no row"]
 )
-def test_a_first_stage_that_asks_for_the_impossible_is_lost(stack: ExitStack, message: StageMessage) -> None:
-    """Guards the memory of a stage."""
+def test_a_first_stage_that_asks_for_the_impossible_is_lost(
+    stack: ExitStack, runs: tuple[tuple[int, int], ...]
+) -> None:
+    """Guards the memory of a stage, and its thread, which would end with an error of its own."""
     first = FirstStage(stack)
     link = stage_of(stack, first, "a")
     start(first, link)
-    first.stages._transport.send("a", message)
-    with pytest.raises(PeerLost):
+    first.stages._transport.send("a", PieceSend(peer="d/0", transfer_id=b"t" * 16, seq=0, retry=0, runs=runs))
+    with pytest.raises(PeerLost, match="rows in one send"):
         link.steps.receive(WAIT_S)
     assert not link.ended
 
