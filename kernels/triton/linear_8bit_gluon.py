@@ -17,54 +17,18 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.triton.launch import require
 from baton.kernels.triton.linear_8bit import BLOCK
 from baton.kernels.triton.linear_8bit_policy import programs_that_fit
-from baton.kernels.triton.linear_int4_gluon import ROWS, place_of_unit, store_unit
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows
+from baton.kernels.triton.weight_ring import ROWS, fill_ring, make_barriers, place_of_unit, store_unit
 
 WIDTH: gl.constexpr = gl.constexpr(BLOCK)  # inputs a stage
 GLUON_TYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
-
-
-@gluon.jit
-def _producer(
-    x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND: gl.constexpr, BLOCKS: gl.constexpr,
-    SPLITS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    BYTES: gl.constexpr = (2 * 64 + TILE_M) * WIDTH
-    first_unit, programs = gl.program_id(0), gl.num_programs(0)
-    total = (units - first_unit + programs - 1) // programs * BLOCKS
-    ahead = gl.minimum(total, STAGES)
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    for step in range(0, ahead):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        row, column = tile_n * TILE_N, (split * BLOCKS + step % BLOCKS) * WIDTH
-        mbarrier.expect(full.index(step), BYTES)
-        tma.async_copy_global_to_shared(codes_desc, [row, column], full.index(step), codes.index(step * 2))
-        tma.async_copy_global_to_shared(codes_desc, [row + SECOND, column], full.index(step), codes.index(step * 2 + 1))
-    if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    for step in range(0, ahead):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        column = (split * BLOCKS + step % BLOCKS) * WIDTH
-        tma.async_copy_global_to_shared(x_desc, [tile_m * TILE_M, column], full.index(step), x_tiles.index(step))
-    for step in range(ahead, total):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        row, column, stage = tile_n * TILE_N, (split * BLOCKS + step % BLOCKS) * WIDTH, step % STAGES
-        bar = full.index(stage)
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(codes_desc, [row, column], bar, codes.index(stage * 2))
-        tma.async_copy_global_to_shared(codes_desc, [row + SECOND, column], bar, codes.index(stage * 2 + 1))
-        tma.async_copy_global_to_shared(x_desc, [tile_m * TILE_M, column], bar, x_tiles.index(stage))
 
 
 @gluon.jit
@@ -172,15 +136,7 @@ def _linear_8bit_gluon_kernel(
     parts = gl.allocate_shared_memory(
         PART_TYPE, [2 * ROWS, TILE_M if GROUPS > 1 else 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ending = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    done, free = ending.index(0), ending.index(1)
-    mbarrier.init(done, count=1)
-    mbarrier.init(free, count=1)
+    full, empty, done, free = make_barriers(STAGES, GROUPS)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -201,10 +157,10 @@ def _linear_8bit_gluon_kernel(
                     ),
                 ),
                 (
-                    _producer,
+                    fill_ring,
                     (
-                        x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND, BLOCKS, SPLITS,
-                        TILE_M, TILE_N, STAGES, PDL,
+                        x_desc, codes_desc, scale_ptr, scale_ptr, codes, x_tiles, full, empty, units, tiles_m,
+                        all_rows, SECOND, BLOCKS, WIDTH, 1, 0, SPLITS, TILE_M, TILE_N, STAGES, False, PDL,
                     ),
                 ),
             ],
@@ -223,10 +179,10 @@ def _linear_8bit_gluon_kernel(
                     ),
                 ),
                 (
-                    _producer,
+                    fill_ring,
                     (
-                        x_desc, codes_desc, codes, x_tiles, full, empty, units, tiles_m, SECOND, BLOCKS, SPLITS,
-                        TILE_M, TILE_N, STAGES, PDL,
+                        x_desc, codes_desc, scale_ptr, scale_ptr, codes, x_tiles, full, empty, units, tiles_m,
+                        all_rows, SECOND, BLOCKS, WIDTH, 1, 0, SPLITS, TILE_M, TILE_N, STAGES, False, PDL,
                     ),
                 ),
             ],

@@ -30,7 +30,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     mma_v2,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -40,83 +39,7 @@ from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
 from baton.kernels.triton.launch import require
 from baton.kernels.triton.linear_int4 import quarters, unpacking
 from baton.kernels.triton.linear_policy import Tiles
-
-ROWS: gl.constexpr = gl.constexpr(64)  # of W a tile
-
-
-@gluon.jit
-def place_of_unit(unit, tiles_m, SPLITS: gl.constexpr):
-    """Unit -> (tile of x, tile of W, split). Tiles of x that read one tile of W run at the same time."""
-    return unit % tiles_m, unit // (tiles_m * SPLITS), unit // tiles_m % SPLITS
-
-
-@gluon.jit
-def _prefetch_scales(ptr, first_row, second_row, first_group, n, GROUPS: gl.constexpr):
-    """Asks the L2 cache for a line of each group of a unit."""
-    LINES: gl.constexpr = 128
-    line = gl.arange(0, LINES, layout=gl.BlockedLayout([LINES // 32], [32], [1], [0]))
-    row = gl.where(line % 2 == 0, first_row, second_row)
-    for first in range(0, GROUPS, LINES // 2):
-        group = gl.minimum(first + line // 2, GROUPS - 1)
-        address = (ptr + (first_group + group) * n + row).to(gl.int64)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def _producer(
-    x_desc, words_desc, scales_ptr, zeros_ptr, words, x_tiles, full, empty, units, tiles_m, all_rows,
-    second: gl.constexpr, BLOCKS: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr,
-    TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, ZEROS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    BYTES: gl.constexpr = (2 * 64 + 4 * TILE_M) * WIDTH * 2
-    first_unit, programs = gl.program_id(0), gl.num_programs(0)
-    total = (units - first_unit + programs - 1) // programs * BLOCKS
-    ahead = gl.minimum(total, STAGES)
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    for step in range(0, ahead):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        block = split * BLOCKS + step % BLOCKS
-        mbarrier.expect(full.index(step), BYTES)
-        row, column = tile_n * TILE_N, block * WIDTH
-        tma.async_copy_global_to_shared(words_desc, [row, column], full.index(step), words.index(step * 2))
-        tma.async_copy_global_to_shared(words_desc, [row + second, column], full.index(step), words.index(step * 2 + 1))
-        if step % BLOCKS == 0:
-            first_group = block * (4 * WIDTH) // GROUP
-            _prefetch_scales(scales_ptr, row, row + second, first_group, all_rows, BLOCKS * 4 * WIDTH // GROUP)
-            if ZEROS:
-                _prefetch_scales(zeros_ptr, row, row + second, first_group, all_rows, BLOCKS * 4 * WIDTH // GROUP)
-    if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    for step in range(0, ahead):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        k = (split * BLOCKS + step % BLOCKS) * (4 * WIDTH)
-        for place in gl.static_range(4):
-            tma.async_copy_global_to_shared(
-                x_desc, [tile_m * TILE_M, k + place * WIDTH], full.index(step), x_tiles.index(step * 4 + place)
-            )
-    for step in range(ahead, total):
-        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
-        block, stage = split * BLOCKS + step % BLOCKS, step % STAGES
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
-        row, column = tile_n * TILE_N, block * WIDTH
-        tma.async_copy_global_to_shared(words_desc, [row, column], bar, words.index(stage * 2))
-        tma.async_copy_global_to_shared(words_desc, [row + second, column], bar, words.index(stage * 2 + 1))
-        for place in gl.static_range(4):
-            tma.async_copy_global_to_shared(
-                x_desc, [tile_m * TILE_M, block * (4 * WIDTH) + place * WIDTH], bar, x_tiles.index(stage * 4 + place)
-            )
-        if step % BLOCKS == 0:
-            first_group = block * (4 * WIDTH) // GROUP
-            _prefetch_scales(scales_ptr, row, row + second, first_group, all_rows, BLOCKS * 4 * WIDTH // GROUP)
-            if ZEROS:
-                _prefetch_scales(zeros_ptr, row, row + second, first_group, all_rows, BLOCKS * 4 * WIDTH // GROUP)
+from baton.kernels.triton.weight_ring import ROWS, fill_ring, make_barriers, place_of_unit, store_unit
 
 
 @gluon.jit
@@ -211,25 +134,6 @@ def _consumer(
             store_unit(total, out_ptr, first_row, tile_m * TILE_M, split, n, num_rows, TILE_M, FUSED, SUMS)
 
 
-@gluon.jit
-def store_unit(
-    total, out_ptr, first_row, first_m, split, n, num_rows, TILE_M: gl.constexpr, FUSED: gl.constexpr,
-    SUMS: gl.constexpr,
-):  # fmt: skip
-    if FUSED:
-        gate, up = gl.reshape(total, [2, ROWS, TILE_M]).permute(1, 2, 0).split()
-        gate = gl.convert_layout(gate, SUMS, assert_trivial=True)
-        up = gl.convert_layout(up, SUMS, assert_trivial=True)
-        result = gate / (1.0 + gl.exp(-gate)) * up
-        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
-    else:
-        result = total
-        row = first_row + gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(1, SUMS))
-    m = first_m + gl.arange(0, TILE_M, layout=gl.SliceLayout(0, SUMS))
-    place = gl.expand_dims(split.to(gl.int64) * num_rows * n + m.to(gl.int64) * n, 0) + gl.expand_dims(row, 1)
-    gl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m < num_rows, 0))
-
-
 @gluon.jit(do_not_specialize=["units", "tiles_m", "all_rows", "num_rows"])
 def _linear_int4_gluon_kernel(
     x_desc, words_desc, scales_ptr, zeros_ptr, bias_ptr, out_ptr, units, tiles_m, all_rows, num_rows,
@@ -243,15 +147,7 @@ def _linear_int4_gluon_kernel(
     words = gl.allocate_shared_memory(gl.int16, [STAGES * 2, 64, WIDTH], words_layout)
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, TILE_M, WIDTH], x_layout)
     parts = gl.allocate_shared_memory(gl.float32, [CONSUMERS - 1, 2 * ROWS, TILE_M], parts_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ending = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    done, free = ending.index(0), ending.index(1)
-    mbarrier.init(done, count=CONSUMERS - 1)
-    mbarrier.init(free, count=1)
+    full, empty, done, free = make_barriers(STAGES, CONSUMERS)
     REGISTERS: gl.constexpr = 152 if TILE_M <= 16 else 240
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -273,10 +169,10 @@ def _linear_int4_gluon_kernel(
                     ),
                 ),
                 (
-                    _producer,
+                    fill_ring,
                     (
                         x_desc, words_desc, scales_ptr, zeros_ptr, words, x_tiles, full, empty, units, tiles_m,
-                        all_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N, STAGES, ZEROS, PDL,
+                        all_rows, SECOND, BLOCKS, WIDTH, 4, GROUP, SPLITS, TILE_M, TILE_N, STAGES, ZEROS, PDL,
                     ),
                 ),
             ],
@@ -311,10 +207,10 @@ def _linear_int4_gluon_kernel(
                     ),
                 ),
                 (
-                    _producer,
+                    fill_ring,
                     (
                         x_desc, words_desc, scales_ptr, zeros_ptr, words, x_tiles, full, empty, units, tiles_m,
-                        all_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N, STAGES, ZEROS, PDL,
+                        all_rows, SECOND, BLOCKS, WIDTH, 4, GROUP, SPLITS, TILE_M, TILE_N, STAGES, ZEROS, PDL,
                     ),
                 ),
             ],
