@@ -2,7 +2,8 @@
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `few` (bytes of the experts that were chosen, a
 second; routing and a whole block as a decode step launches them), `one_token` (one token and experts of FP8: in codes
-by the kernel of few rows, and by that of one, in turns, with tiles of the latter), `prompts` (operations a second),
+by the kernel of few rows, and by that of one, in turns, with tiles of the latter), `narrow` (one to four tokens and
+experts of FP8: with programs of 128 and of 64 outputs of gate and up, in turns), `prompts` (operations a second),
 `tune` (tiles for few rows).
 
 Weights are random and the tokens' choices too, evenly and with a few experts that most tokens choose (`--skew`). A
@@ -253,6 +254,32 @@ def one_token(bench: ExpertsBench) -> None:
                 bench.line(kernel="both", by=by, **named, us=took * 1e6, tb_s=size / took / 1e12)
 
 
+def narrow(bench: ExpertsBench) -> None:
+    codes = {True: bench.weights.gate_up.to(FP8), False: bench.weights.down.to(FP8)}
+    by_policy, tile_m = experts_policy.FEWEST_WIDE_8BIT, experts_policy.ROW_TILES[0]
+    for tokens, blocked in product((1, 2, 3, 4), (False, True)):
+        routes = bench.routes(tokens, tile_m)
+        size = bench.chosen(routes) * (codes[True][0].nbytes + codes[False][0].nbytes)
+        for _, fewest in product(range(3), (0, experts_policy.PROGRAMS)):
+            experts_policy.FEWEST_WIDE_8BIT = fewest
+            kinds: list[Sequence[Call]] = []
+            given: list[Tiles] = []
+            for fused in (True, False):
+                run = given[0].tile_n if given else RUN
+                tiles = experts_policy.rows_tiles_8bit(bench.product(fused), tile_m, routes[0].most_tiles, run)
+                if tiles is None:
+                    return
+                given.append(tiles)
+                kinds.append(bench.calls_8bit(tokens, tiles, fused, blocked, routes, codes[fused]))
+            us = [seconds(kind) * 1e6 for kind in kinds] + [_together(kinds) * 1e6]
+            bench.line(
+                kernel="narrow", format="fp8_block" if blocked else "fp8_row", tokens=tokens, outputs=given[0].tile_n,
+                gate_up_us=us[0], down_us=us[1], both_us=us[2], tb_s=size / us[2] / 1e6,
+                programs=routes[0].most_tiles * (bench.shape.width // given[0].tile_n),
+            )  # fmt: skip
+    experts_policy.FEWEST_WIDE_8BIT = by_policy
+
+
 def _in_codes(bench: ExpertsBench, blocked: bool, codes: Mapping[bool, torch.Tensor]) -> float:
     """Of one token, by the kernel of few rows, and putting it into codes before."""
     routes, hidden = bench.routes(1, experts_policy.ROW_TILES[0]), bench.shape.hidden
@@ -380,7 +407,9 @@ def _candidates(shape: ProductShape, tile_m: int) -> list[Tiles]:
     return [tiles for tiles in found if n % tiles.tile_n == 0 and k % tiles.tile_k == 0]
 
 
-PARTS: dict[str, Callable[[ExpertsBench], None]] = {part.__name__: part for part in (few, one_token, prompts, tune)}
+PARTS: dict[str, Callable[[ExpertsBench], None]] = {
+    part.__name__: part for part in (few, narrow, one_token, prompts, tune)
+}
 
 
 def main(argv: Sequence[str]) -> int:

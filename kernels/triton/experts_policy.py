@@ -17,6 +17,8 @@ PROMPT_ROWS = 128
 WIDE, PROGRAMS = 128, 200
 """Rows of W, or of gate and of up each, of a wide program, and how many of them are enough for a Hopper's 132
 multiprocessors."""
+NARROW = 64
+"""Rows of W of one that is not wide, where weights have 8 bits."""
 LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
@@ -24,6 +26,10 @@ BLOCK = 128
 ONE_TOKEN_STREAMS = False
 """Whether one token takes experts_8bit_row with experts in 8 bits, or as several do experts_8bit, in codes. The former
 is new: `scripts/bench experts FILE one_token` is to say, on an H200, whether it is ahead."""
+FEWEST_WIDE_8BIT = 0
+"""Programs of 128 outputs of gate and up, with experts in 8 bits, below which there are programs of 64 instead: one to
+four tokens launch 48 to 192 of the former. 0: never, until `scripts/bench experts FILE narrow` has said on an H200
+whether PROGRAMS is faster."""
 FEW_TOKENS = 256
 """Up to so many, parts of a router's product gain more than they cost the kernel that sums them."""
 ROUTER_SPLITS = (8, 4, 2, 1)
@@ -66,15 +72,16 @@ def rows_tiles(shape: ProductShape, tile_m: int, num_tiles: int, element_bytes: 
     return Tiles(tile_n, tile_k, tile_m, max(stages, 2), 1, warps, prefetch=256 if k >= 256 else 0)
 
 
-def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles | None:
-    """As rows_tiles, of W of 8 bits. The product of gate and up is wide: a program leaves a run of 128 codes."""
+def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int, run: int = BLOCK) -> Tiles | None:
+    """As rows_tiles, of W of 8 bits, and of x with runs of codes: those of gate and up are as wide as a program."""
     n, k = shape.outputs, shape.inputs
     if n % BLOCK or k % BLOCK:
         return None
-    tile_n = WIDE if shape.fused or num_tiles * (n // WIDE) >= PROGRAMS else 64
-    stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
-    stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
-    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if tile_n == WIDE and tile_m > 32 else 4, prefetch=BLOCK)
+    wide = num_tiles * (n // WIDE) >= (FEWEST_WIDE_8BIT if shape.fused else PROGRAMS)
+    tile_n = WIDE if wide else NARROW
+    stage = (tile_n * (2 if shape.fused else 1) + tile_m) * run
+    stages = max(2, min(SHARED_BYTES // 2 // stage, 6 * BLOCK // run))
+    return Tiles(tile_n, run, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
 
 
 def row_tiles_8bit(shape: ProductShape) -> Tiles | None:

@@ -74,13 +74,15 @@ def test_products(pdl):
 
 @pytest.mark.parametrize("code_type", [FP8, INT8])
 @pytest.mark.parametrize("blocked", [False, True])
-def test_products_of_8_bits(code_type, blocked):
+def test_products_of_8_bits(code_type, blocked, monkeypatch):
     """FP8 is summed with 14 bits."""
     given = {"blocked": blocked, "skewed": True, "tolerance": 5e-4}
     gate_up, down = ProductShape(WIDTH, HIDDEN, True), ProductShape(HIDDEN, WIDTH)
-    for tile_m, num_tokens, num_tiles in ((16, 4, 8), (16, 40, 100), (64, 300, 100)):
+    for tile_m, num_tokens, num_tiles, fewest in ((16, 4, 8, 0), (16, 4, 8, 200), (16, 40, 100, 0), (64, 300, 100, 0)):
+        monkeypatch.setattr(experts_policy, "FEWEST_WIDE_8BIT", fewest)
         pdl = num_tokens < 100
-        wide, narrow = (experts_policy.rows_tiles_8bit(each, tile_m, num_tiles) for each in (gate_up, down))
+        wide = experts_policy.rows_tiles_8bit(gate_up, tile_m, num_tiles)
+        narrow = experts_policy.rows_tiles_8bit(down, tile_m, num_tiles, wide.tile_n)
         common = GPU, code_type, num_tokens, Routing(8, 2)
         checks.check_experts_8bit(*common, *gate_up[:2], wide, fused=True, pdl=pdl, **given)
         checks.check_experts_8bit(*common, *down[:2], narrow, fused=False, run=wide.tile_n, pdl=pdl, **given)
