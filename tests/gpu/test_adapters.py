@@ -6,6 +6,7 @@ Run it in a separate process: tests/unit/models would then run on the GPU as wel
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,32 @@ pytestmark = pytest.mark.gpu
 GPU, BF16 = "cuda", torch.bfloat16
 QKV_ENDS = (4096, 5120, 6144)
 RANKS = {16: [16, 0, 16, 16], 64: [64, 16, 32, 0]}
+SMALL = {
+    "vocab_size": 4000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+FAMILIES = {
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 256},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "head_dim": 32,
+    },
+}
 
 
 @pytest.mark.parametrize("rows", [1, 17, 64, 256, 1000])
@@ -63,12 +90,12 @@ def test_products_that_add(rows, max_rank):
 
 
 class Mixed:
-    """A runner of the demo model with three adapters in four slots."""
+    """A runner of the demo model, or of a folder's, with three adapters in four slots."""
 
-    def __init__(self, dtype: torch.dtype, max_rows: int, **limits) -> None:
-        folder, self.most_drafts = locate_model("demo"), limits.get("most_drafts", 0)
-        self.config = ModelConfig.from_folder(folder)
-        weights = load_weights(self.config, folder, dtype, "cuda:0", pack=False)
+    def __init__(self, dtype: torch.dtype, max_rows: int, folder: Path | None = None, **limits) -> None:
+        self.folder, self.most_drafts = folder or locate_model("demo"), limits.get("most_drafts", 0)
+        self.config = ModelConfig.from_folder(self.folder)
+        weights = load_weights(self.config, self.folder, dtype, "cuda:0", pack=False)
         step_limits = StepLimits(max_rows, 2048, **{"adapter_slots": 4, "max_rank": 64, **limits})
         self.runner = CudaRunner(self.config, weights, CudaQueue(0), step_limits, 640)
         made = ([16], ()), ([8, 40, 3], ("down",)), ([64], ("qkv", "o"))
@@ -77,7 +104,8 @@ class Mixed:
         ]
         for slot in range(len(self.adapters)):
             self.fill(slot, slot)
-        shape = (max_rows * 10 + 1, self.config.num_kv_heads, self.config.num_layers, 2, 64, self.config.head_dim)
+        config = self.config
+        shape = (max_rows * 10 + 1, config.num_kv_heads, config.num_layers, config.kv_planes, 64, config.head_dim)
         self.runner.bind_pool(torch.zeros(shape, dtype=dtype, device="cuda:0"), 640)
 
     def fill(self, slot: int, adapter: int) -> None:
@@ -100,20 +128,39 @@ class Mixed:
             run.launch(done)
         return [run.generated(slot)[:count] for slot in done]
 
+    def check(self, made: list[list[int]], named: dict[int, int], found: list[list[int]]) -> None:
+        """Against the CPU's tokens, each sequence alone."""
+        plain = load_weights(self.config, self.folder, torch.float32, pack=False)
+        alone = {
+            each: merged_runner(self.config, plain, None if each is None else self.adapters[each], 16)
+            for each in (None, 0, 1, 2)
+        }
+        for slot, (prompt, tokens) in enumerate(zip(made, found, strict=True)):
+            one = one_after_the_other(alone[named.get(slot)], prompt, list(range(1, 41)), len(tokens))
+            assert tokens == one, slot
+
 
 @pytest.mark.parametrize(("chunk", "drafts"), [(100, 0), (300, 4)])
 def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, drafts):
     """Guards the whole: captured steps, parts of prompts, steps of both, and drafts, in float32 against the CPU."""
     mixed, made = Mixed(torch.float32, 8, most_drafts=drafts), prompts(7)
     named = {slot: slot % 4 for slot in range(7) if slot % 4 < 3}
-    found = mixed.generate(made, named, 24, chunk)
-    plain = load_weights(mixed.config, locate_model("demo"), torch.float32, pack=False)
-    alone = {
-        each: merged_runner(mixed.config, plain, None if each is None else mixed.adapters[each], 16)
-        for each in (None, 0, 1, 2)
-    }
-    for slot, (prompt, tokens) in enumerate(zip(made, found, strict=True)):
-        assert tokens == one_after_the_other(alone[named.get(slot)], prompt, list(range(1, 41)), 24), slot
+    mixed.check(made, named, mixed.generate(made, named, 24, chunk))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family):
+    """Guards what adapters add to shared experts, beside routed ones, and to latent attention."""
+    transformers = pytest.importorskip("transformers", reason="it makes the models")
+    torch.manual_seed(11)
+    config = transformers.AutoConfig.for_model(family, **SMALL | FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        spread = torch.randn_like(parameter) * 0.05
+        parameter.data = 1 + spread if "norm" in name else spread
+    model.save_pretrained(tmp_path)
+    mixed, made, named = Mixed(torch.float32, 4, tmp_path), prompts(4), {0: 0, 1: 1, 2: 2}
+    mixed.check(made, named, mixed.generate(made, named, 12, 100))
 
 
 def test_deterministic_tokens_do_not_depend_on_the_batch():
