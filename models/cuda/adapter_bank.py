@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
+from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
 from baton.models.adapters.adapter import PRODUCTS, Adapter, Parts, layer_products
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
@@ -58,6 +59,47 @@ class BankLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeShape:
+    """What a slot has room for beside its matrices: an embedding, a head and norms in place of the model's."""
+
+    vocab_size: int
+    head_rows: int
+    hidden_size: int
+    num_norms: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, rank: Rank = WHOLE) -> WholeShape:
+        """rank: whose part of the head. SettingsError for sizes that the kernels do not take."""
+        if config.hidden_size % RANK_STEP:
+            raise SettingsError(
+                f"--lora-modules-to-save: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is "
+                f"{config.hidden_size}"
+            )
+        head_rows = len(rank.vocabulary(config.vocab_size))
+        return cls(config.vocab_size, head_rows, config.hidden_size, 2 * config.num_layers + 1)
+
+    @property
+    def size(self) -> int:
+        """Elements of a slot."""
+        return (self.vocab_size + self.head_rows + self.num_norms) * self.hidden_size
+
+    @property
+    def num_flags(self) -> int:
+        return FIRST_NORM + self.num_norms
+
+    def places(self, adapter: Adapter) -> dict[int, tuple[int, torch.Tensor]]:
+        """By flag what an adapter has, and the first element that it takes of a slot."""
+        found = {FIRST_NORM + number: norm for number, norm in adapter.norms.items()}
+        if adapter.whole_embedding is not None:
+            found[EMBEDDING] = adapter.whole_embedding
+        if adapter.whole_head is not None:
+            found[HEAD] = adapter.whole_head
+        head, norms = self.vocab_size, self.vocab_size + self.head_rows - FIRST_NORM
+        firsts = {EMBEDDING: 0, HEAD: head}
+        return {flag: (firsts.get(flag, norms + flag) * self.hidden_size, own) for flag, own in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class BankShape:
     """The slots of a runner."""
 
@@ -65,6 +107,8 @@ class BankShape:
     num_slots: int
     max_rank: int
     dtype: torch.dtype
+    wholes: WholeShape | None = None
+    """None: adapters bring no whole weights."""
 
     def __post_init__(self) -> None:
         """SettingsError for a rank for which products have no registers."""
@@ -73,16 +117,39 @@ class BankShape:
 
     @property
     def size_bytes(self) -> int:
-        return self._numbers_bytes + self.num_slots * self.layout.num_sites * torch.int32.itemsize
+        wholes = self.wholes
+        integers = self.layout.num_sites + (0 if wholes is None else wholes.num_flags)
+        return self._numbers_bytes + self._wholes_bytes + self.num_slots * integers * torch.int32.itemsize
 
     def bank(self, memory: torch.Tensor) -> AdapterBank:
         """In this memory, uint8 [size_bytes], which is zero where no slot was filled yet."""
         widest = RANK_STEP  # as kernels hold ranks: a power of two
         while widest < self.max_rank:
             widest *= 2
-        numbers, ranks = memory[: self._numbers_bytes], memory[self._numbers_bytes : self.size_bytes]
+        numbers, ranks = memory[: self._numbers_bytes], self._integers(memory)[: self._num_ranks]
         shaped = numbers.view(self.dtype).view(self.num_slots, -1)
-        return AdapterBank(shaped, ranks.view(torch.int32).view(self.num_slots, -1), widest)
+        return AdapterBank(shaped, ranks.view(self.num_slots, -1), widest)
+
+    def whole_weights(self, memory: torch.Tensor) -> WholeWeights | None:
+        """In the same memory."""
+        if (wholes := self.wholes) is None:
+            return None
+        numbers = memory[self._numbers_bytes : self._numbers_bytes + self._wholes_bytes].view(self.dtype)
+        flags = self._integers(memory)[self._num_ranks :].view(self.num_slots, -1)
+        shaped = numbers.view(self.num_slots, -1)
+        return WholeWeights(shaped, flags, wholes.vocab_size, wholes.head_rows, wholes.hidden_size)
+
+    def _integers(self, memory: torch.Tensor) -> torch.Tensor:
+        """Ranks of all slots, then flags of all."""
+        return memory[self._numbers_bytes + self._wholes_bytes : self.size_bytes].view(torch.int32)
+
+    @property
+    def _num_ranks(self) -> int:
+        return self.num_slots * self.layout.num_sites
+
+    @property
+    def _wholes_bytes(self) -> int:
+        return 0 if self.wholes is None else self.num_slots * self.wholes.size * self.dtype.itemsize
 
     @property
     def _numbers_bytes(self) -> int:
@@ -92,13 +159,21 @@ class BankShape:
 class BankImage:
     """A PreparedAdapter: what a slot takes, in memory that is copied without waiting."""
 
-    def __init__(self, numbers: torch.Tensor, ranks: torch.Tensor) -> None:
+    def __init__(
+        self,
+        numbers: torch.Tensor,
+        ranks: torch.Tensor,
+        flags: torch.Tensor | None,
+        wholes: Sequence[tuple[int, torch.Tensor]],
+    ) -> None:
         self.numbers = numbers  # [elements in use]
         self.ranks = ranks  # int32 [sites]
+        self.flags = flags  # int32 [flags]; None: slots have no room for whole weights
+        self.wholes = wholes  # these, flat, and the first element of each
 
     @property
     def size_bytes(self) -> int:
-        return self.numbers.nbytes + self.ranks.nbytes
+        return self.numbers.nbytes + self.ranks.nbytes + sum(whole.nbytes for _, whole in self.wholes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +196,22 @@ class BankSlots:
         self.num_slots, self.max_rank = shape.num_slots, shape.max_rank
         if memory is None:
             memory = torch.zeros(shape.size_bytes, dtype=torch.uint8, device=copies.device)
-        self.bank = shape.bank(memory)
-        self._layout, self._copies = shape.layout, copies
+        self.bank, self.wholes = shape.bank(memory), shape.whole_weights(memory)
+        self._layout, self._whole_shape, self._copies = shape.layout, shape.wholes, copies
 
     @property
     def size_bytes(self) -> int:
-        return self.bank.numbers.nbytes
+        return self.bank.numbers.nbytes + (0 if self.wholes is None else self.wholes.numbers.nbytes)
 
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
-        if adapter.embedding is not None or adapter.lm_head or adapter.wholes:
-            raise AdapterError("adapts the embedding, the head or norms, which only a CPU computes with adapters")
+        if adapter.embedding is not None or adapter.lm_head:
+            raise AdapterError("adapts the embedding or the head by pairs, which only a CPU computes with")
+        if adapter.wholes and self._whole_shape is None:
+            raise AdapterError(
+                "has an embedding, a head or norms of its own (modules_to_save), for which slots on a GPU have room "
+                "with --lora-modules-to-save"
+            )
         if any(pair.row_scale is not None for pair in adapter.pairs):
             raise AdapterError("has magnitudes (DoRA), which only a CPU computes with")
         if adapter.rank > self.max_rank:
@@ -147,9 +227,22 @@ class BankSlots:
                         raise AdapterError(f"adapts {name} of layer {index}, which no kernel here does")
                     ranks[sites[name].number] = rank
                     _put(parts, sites[name], rank, numbers)
-        if not torch.isfinite(numbers).all():  # they would reach other rows of a tile
-            raise AdapterError(f"has numbers that are not finite in {numbers.dtype}")
-        return BankImage(numbers, ranks)
+        flags, wholes = self._wholes_of(adapter)
+        for each in (numbers, *(whole for _, whole in wholes)):
+            if not torch.isfinite(each).all():  # they would reach other rows of a tile
+                raise AdapterError(f"has numbers that are not finite in {numbers.dtype}")
+        return BankImage(numbers, ranks, flags, wholes)
+
+    def _wholes_of(self, adapter: Adapter) -> tuple[torch.Tensor | None, list[tuple[int, torch.Tensor]]]:
+        """Flags, and the weights in memory of the host that is copied without waiting."""
+        if self._whole_shape is None:
+            return None, []
+        flags, wholes = self._copies.host_buffer(self._whole_shape.num_flags), []
+        for flag, (first, own) in self._whole_shape.places(adapter).items():
+            flags[flag] = 1
+            wholes.append((first, self._host_memory(own.numel())))
+            wholes[-1][1].copy_(own.flatten())
+        return flags, wholes
 
     def fill(self, slot: int, adapter: object) -> BankFill:
         """As AdapterSlots says."""
@@ -158,6 +251,11 @@ class BankSlots:
         numbers, ranks = self.bank.numbers[slot, : len(adapter.numbers)], self.bank.ranks[slot]
         self._copies.enqueue(partial(copy_async, numbers, adapter.numbers))
         self._copies.enqueue(partial(copy_async, ranks, adapter.ranks))
+        if self.wholes is not None and adapter.flags is not None:
+            self._copies.enqueue(partial(copy_async, self.wholes.flags[slot], adapter.flags))
+            for first, whole in adapter.wholes:
+                target = self.wholes.numbers[slot, first : first + len(whole)]
+                self._copies.enqueue(partial(copy_async, target, whole))
         return BankFill(self._copies.mark())
 
     def _host_memory(self, count: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
 from baton.kernels.triton.low_rank import FEW_ROWS, AddedProduct, shrink, splits_of
 from baton.kernels.triton.step_inputs import set_entries
+from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
 from baton.models.cuda.adapter_bank import BankLayout, BankSlots
 from baton.models.cuda.queue import Queue, Upload, aligned
@@ -44,6 +45,7 @@ class AdapterSteps:
         self._upload = Upload(queue, 2 * aligned(num_rows))
         self._rows = AdapterRows.make(row_tokens, count, device)
         self._kept = AdapterRows.make(row_tokens, count, device)
+        self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         sites = {(site.inputs, slots.bank.rank_width(site)) for of_layer in layout.sites for site in of_layer.values()}
         sizes = [
@@ -99,6 +101,27 @@ class AdapterSteps:
         splits = self._splits(site.inputs, num_rows)
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
         return shrink(x, self._slots.bank, site, rows, hidden, self._apart, pdl=pdl)
+
+    def embed(self, tokens: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
+        """Launches what adapters have in place of the model's embedding of tokens, int32 [N], over out [N, hidden]."""
+        if self._slots.wholes is not None:
+            embed_own(tokens, rows.adapters, self._slots.wholes, out)
+
+    def norm(self, number: int, residual: torch.Tensor, rows: AdapterRows, eps: float, out: torch.Tensor) -> None:
+        """The same of norm `number` of a step, in its order."""
+        if self._slots.wholes is not None:
+            norm_own(residual, rows.adapters, self._slots.wholes, number, eps, out)
+
+    def head(self, normed: torch.Tensor, adapters: torch.Tensor, logits: torch.Tensor) -> None:
+        """The same of the head; adapters: slots of the rows, int32 [N]."""
+        if self._slots.wholes is not None:
+            head_own(normed, adapters, self._slots.wholes, logits)
+
+    def slots_of(self, rows: AdapterRows, drawn: torch.Tensor) -> torch.Tensor | None:
+        """For the head of some of the rows, by number, int32; None: no adapter has one."""
+        if self._slots.wholes is None:
+            return None
+        return torch.index_select(rows.adapters, 0, drawn, out=self._drawn[: len(drawn)])
 
     def _splits(self, num_inputs: int, num_rows: int) -> int:
         return splits_of(num_inputs, num_rows, deterministic=self._deterministic)

@@ -118,7 +118,7 @@ class DeviceDecoder:
         step = Step(*tokens, attend, pdl=pdl, adapters=adapters, attend_in_codes=in_codes)
         normed = self._layers(step)
         assert normed is not None, "all rows draw"
-        return self._logits(normed, pdl)
+        return self._logits(normed, pdl, None if adapters is None else adapters.adapters)
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
@@ -151,7 +151,7 @@ class DeviceDecoder:
         """
         normed = self._layers(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
         if normed is not None:
-            self._logits(normed, pdl=False)
+            self._logits(normed, pdl=False, adapters=self._slots_of(adapters, drawn))
 
     def prefill_scored(
         self,
@@ -171,15 +171,19 @@ class DeviceDecoder:
         normed = self._layers(Step(tokens, positions, kv_slots, attend, adapters=adapters))
         assert normed is not None, "all tokens are computed to the end"
         for number, (begin, end) in enumerate(parts):
-            take(self._logits(normed[begin:end], pdl=False), number)
+            own = None if adapters is None else adapters.adapters[begin:end]
+            take(self._logits(normed[begin:end], pdl=False, adapters=own), number)
         if count := len(drawn):
-            self._logits(torch.index_select(normed, 0, drawn, out=self._act.last[:count]), pdl=False)
+            last = torch.index_select(normed, 0, drawn, out=self._act.last[:count])
+            self._logits(last, pdl=False, adapters=self._slots_of(adapters, drawn))
 
     def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
         act, config = self._act, self._config
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
         residual = torch.index_select(self._weights.embedding, 0, step.tokens, out=act.residual[: len(step.tokens)])
+        products = StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
+        products.embed(step.tokens, residual)
         if self._embedding_scale != 1.0:
             residual.mul_(self._embedding_scale)
 
@@ -193,13 +197,22 @@ class DeviceDecoder:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
-        products = StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
         ops = StepOps(act, products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
         return run_layers(self._weights, ops, self._indices)
 
-    def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
+    def _slots_of(self, adapters: AdapterRows | None, drawn: torch.Tensor) -> torch.Tensor | None:
+        """As AdapterSteps, of some tokens."""
+        if adapters is None:
+            return None
+        assert self._adapters is not None, "a step with adapters of a decoder without"
+        return self._adapters.slots_of(adapters, drawn)
+
+    def _logits(self, normed: torch.Tensor, pdl: bool, adapters: torch.Tensor | None) -> torch.Tensor:
+        """adapters: slots of the rows, int32."""
         logits = self._act.logits[: len(normed)]
         self._products.whole(self._weights.lm_head, normed, logits, pdl=pdl)
+        if adapters is not None and self._adapters is not None:
+            self._adapters.head(normed, adapters, logits)
         softcap = self._config.logit_softcap
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 

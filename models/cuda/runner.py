@@ -22,7 +22,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
 from baton.models.batch import DeviceTime, Draw, Launched, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
+from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots, WholeShape
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.chunk_steps import CHUNK_SEQUENCES, ChunkSteps
 from baton.models.cuda.chunk_upload import ChunkUpload
@@ -143,8 +143,11 @@ class CudaRunner:
         """With memory for the slots, which become `adapters`."""
         if not isinstance(model, Weights):
             raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
-        limits, layout = self._limits, BankLayout.of(self.config, WHOLE if self._peers is None else self._peers.rank)
-        shape = BankShape(layout, limits.adapter_slots, limits.max_rank, model.embedding.dtype)
+        limits, rank = self._limits, WHOLE if self._peers is None else self._peers.rank
+        layout, wholes = BankLayout.of(self.config, rank), None
+        if limits.adapter_wholes:
+            wholes = WholeShape.of(self.config, rank)
+        shape = BankShape(layout, limits.adapter_slots, limits.max_rank, model.embedding.dtype, wholes)
         self.adapters = slots = BankSlots(shape, self.queue.beside(), memory)
         return AdapterSteps(
             self.queue,

@@ -112,6 +112,7 @@ class StepOps:
         self._act, self._products, self._experts, self._step = act, products, experts, step
         self._kv_slots: torch.Tensor | None = step.kv_slots
         self._index = 0  # of the layer
+        self._num_norms = 0
         self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
         num_tokens = len(step.tokens)
         self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
@@ -122,7 +123,13 @@ class StepOps:
     def norm(self, weight: torch.Tensor, reader: Linear) -> Rows:
         out = self._for(reader)
         rms_norm(self._residual, weight, self._eps, out, pdl=self._step.pdl)
+        self._own_norm(out)
         return out
+
+    def _own_norm(self, out: Rows) -> None:
+        """Behind each norm of the step: what adapters have in its place."""
+        self._products.norm(self._num_norms, self._residual, self._eps, out)
+        self._num_norms += 1
 
     def _for(self, reader: Linear) -> Rows:
         """Where what `reader` multiplies next belongs."""
@@ -192,3 +199,4 @@ class StepOps:
             ranks=self._sums,
             pdl=self._step.pdl,
         )
+        self._own_norm(out)

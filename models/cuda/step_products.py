@@ -53,6 +53,18 @@ class StepProducts:
         added = self._added(layer, "gate_up", x)
         return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
 
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """What adapters have in place of the model's embedding, over out [N, hidden]."""
+        if self._rows is not None:
+            assert self._adapters is not None, "a step with adapters of a decoder without"
+            self._adapters.embed(tokens, self._rows, out)
+
+    def norm(self, number: int, residual: torch.Tensor, eps: float, out: Rows) -> None:
+        """The same of norm `number` of the step."""
+        if self._rows is not None:
+            assert self._adapters is not None, "a step with adapters of a decoder without"
+            self._adapters.norm(number, residual, self._rows, eps, plain(out))
+
     def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
         if self._rows is None:
             return None

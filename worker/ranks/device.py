@@ -21,7 +21,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankShape
+from baton.models.cuda.adapter_bank import BankLayout, BankShape, WholeShape
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.peers import DevicePeers, RankMemory
@@ -103,6 +103,7 @@ class DeviceRank:
             most_drafts=share.most_drafts,
             adapter_slots=start.model.max_loras,
             max_rank=start.model.max_lora_rank,
+            adapter_wholes=start.model.lora_modules_to_save,
         )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
@@ -155,7 +156,8 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
     """Of the slots of adapters of a rank; None: there are none."""
     if not part.max_loras:
         return None
-    return BankShape(BankLayout.of(config, rank), part.max_loras, part.max_lora_rank, dtype)
+    wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
+    return BankShape(BankLayout.of(config, rank), part.max_loras, part.max_lora_rank, dtype, wholes)
 
 
 def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels import reference
-from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank
+from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank, whole_weights
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -171,3 +171,39 @@ def check_linear_added(
             added=added_to(adapters, some, of_rows[kept]).apart(pdl=False),
         )
         assert torch.equal(fewer, out[..., kept, :])
+
+
+def check_whole_weights(device: str, dtype: torch.dtype, rows: int, num_slots: int, hidden: int, vocab: int) -> None:
+    """Embedding, norm and head of rows whose slots have them; the others keep their bits, and a head's rows have those
+    that they have alone. Slot 0 has nothing."""
+    heads, norms, norm = vocab - 5, 3, 1
+    numbers = randn((num_slots, (vocab + heads + norms) * hidden), dtype, device, 4)
+    flags = torch.ones(num_slots, 2 + norms, dtype=torch.int32, device=device)
+    flags[0] = 0
+    numbers[0] = float("nan")
+    weights = whole_weights.WholeWeights(numbers, flags, vocab, heads, hidden)
+    of_rows = some_adapters(rows, num_slots, device)
+    own = of_rows > 0
+    tables = numbers[of_rows.clamp(min=0).long()].view(rows, -1, hidden)  # [rows, vocab | heads | norms, hidden]
+    x, tokens = randn((rows, hidden), dtype, device), torch.arange(rows, dtype=torch.int32, device=device) * 7 % vocab
+
+    before = randn((rows, hidden), dtype, device, 5)
+    embedded, normed = before.clone(), before.clone()
+    whole_weights.embed_own(tokens, of_rows, weights, embedded)
+    expected = tables[torch.arange(rows, device=device), tokens.long()]
+    assert torch.equal(embedded, torch.where(own[:, None], expected, before))
+    whole_weights.norm_own(x, of_rows, weights, norm, 1e-5, normed)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    exact *= tables[:, vocab + heads + norm].double()
+    assert error(normed[own], exact[own]) <= 2 * max(error(exact[own].to(dtype), exact[own]), 1e-6)
+    assert torch.equal(normed[~own], before[~own])
+
+    before = randn((rows, heads), dtype, device, 6)
+    logits, alone = before.clone(), before.clone()
+    whole_weights.head_own(x, of_rows, weights, logits)
+    exact = torch.einsum("rh,rvh->rv", x.double(), tables[:, vocab : vocab + heads].double())
+    assert error(logits[own], exact[own]) <= 2 * max(error(exact[own].to(dtype), exact[own]), 1e-5)
+    assert torch.equal(logits[~own], before[~own])
+    last = slice(rows - 1, rows)
+    whole_weights.head_own(x[last], of_rows[last], weights, alone[last])
+    assert torch.equal(alone[last], logits[last])

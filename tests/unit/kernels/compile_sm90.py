@@ -658,6 +658,18 @@ def adapted_linears(rows: int) -> None:
         linear.linear(empty(rows, 4096), weight, None, tiles, out, fused=shape.fused, added=added, pdl=True)
 
 
+def whole_weights_of_adapters() -> None:
+    from baton.kernels.triton import whole_weights
+
+    vocab, hidden, norms = 128256, 4096, 65
+    numbers, flags = empty(4, (2 * vocab + norms) * hidden), empty(4, 2 + norms, dtype=torch.int32)
+    weights = whole_weights.WholeWeights(numbers, flags, vocab, vocab, hidden)
+    ids, rows = empty(8, dtype=torch.int32), empty(8, hidden)
+    whole_weights.embed_own(ids, ids, weights, rows)
+    whole_weights.norm_own(rows, ids, weights, 64, 1e-5, rows)
+    whole_weights.head_own(rows, ids, weights, empty(8, vocab))
+
+
 def adapter_bank(max_rank: int):
     from baton.kernels.triton.low_rank import AdapterBank
 
@@ -754,6 +766,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "adapters_16": lambda: adapted(8, 16),
     "adapters_64": lambda: adapted(64, 64),
+    "whole_weights": whole_weights_of_adapters,
     "adapted_linear_1": lambda: adapted_linears(1),
     "adapted_linear_16": lambda: adapted_linears(16),
     "adapted_linear_64": lambda: adapted_linears(64),

@@ -47,3 +47,9 @@ def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows):
 def test_a_product_of_gate_and_up(device, tiles, rows):
     """Guards against gate's matrices for up, and what is added behind the activation."""
     checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 21), (torch.bfloat16, 3)])
+def test_whole_weights_take_the_place_of_the_model_s(device, dtype, rows):
+    """Guards against another slot's tables, rows past the last tile, and what a slot held before."""
+    checks.check_whole_weights(device, dtype, rows, 3, 48, 75)

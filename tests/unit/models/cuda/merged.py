@@ -39,10 +39,19 @@ def random_adapter(config: ModelConfig, ranks: Sequence[int], seed: int, without
     return Adapter(seed.to_bytes(32, "big"), tuple(layers))
 
 
+def with_wholes(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With an embedding, a head and norms of its own; the config has two layers, or one."""
+    generator = torch.Generator().manual_seed(8)
+    table = config.vocab_size, config.hidden_size
+    embedding, head = (torch.randn(table, generator=generator) * 0.3 for _ in range(2))
+    norms = {number: 1 + torch.rand(config.hidden_size, generator=generator) for number in (1, 2 * config.num_layers)}
+    return replace(adapter, whole_embedding=embedding, whole_head=head, norms=norms)
+
+
 def merged(weights: Weights, adapter: Adapter) -> Weights:
-    """Plain weights with W + b a in the place of W."""
-    layers = []
-    for layer, changes in zip(weights.layers, adapter.layers, strict=True):
+    """Plain weights with W + b a in the place of W, and those that the adapter has in their place."""
+    layers, norms = [], adapter.norms
+    for number, (layer, changes) in enumerate(zip(weights.layers, adapter.layers, strict=True)):
         attention, mlp = layer.attention, layer.mlp
         if isinstance(attention, LatentWeights) and attention.query is not None:
             attention = replace(attention, query=_with(attention.query, changes.query))
@@ -51,9 +60,22 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
             mlp = _merged_mlp(mlp, changes)
         elif mlp.shared is not None:
             mlp = replace(mlp, shared=_merged_mlp(mlp.shared, changes))
-        changed: LayerWeights = replace(layer, attention=attention, mlp=mlp)
+        changed: LayerWeights = replace(
+            layer,
+            attention=attention,
+            mlp=mlp,
+            input_norm=norms.get(2 * number, layer.input_norm),
+            post_norm=norms.get(2 * number + 1, layer.post_norm),
+        )
         layers.append(changed)
-    return replace(weights, layers=tuple(layers))
+    whole = adapter.whole_embedding, adapter.whole_head
+    return replace(
+        weights,
+        layers=tuple(layers),
+        embedding=weights.embedding if whole[0] is None else whole[0],
+        lm_head=weights.lm_head if whole[1] is None else DenseLinear(whole[1]),
+        norm=norms.get(2 * len(layers), weights.norm),
+    )
 
 
 def _merged_mlp(mlp: DenseMlpWeights, changes: LayerAdapter) -> DenseMlpWeights:

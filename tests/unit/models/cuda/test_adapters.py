@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
-from baton.models.batch import Draw, Row
+from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
@@ -24,24 +25,33 @@ from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import LATENT
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_wholes
 
 BLOCK = 16
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
 TABLES = {0: [4, 11, 2], 1: [7, 0], 2: [9, 3, 5]}
 NAMED = {0: 1, 2: 0}
 """Adapters of the sequences; the other has none."""
+DRAW = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
+
+Edit = Callable[[Adapter, ModelConfig], Adapter]
+
+
+def unchanged(adapter: Adapter, config: ModelConfig) -> Adapter:
+    return adapter
 
 
 class Served:
     """A runner with adapters in its slots, and the CPU's with each in its weights."""
 
-    def __init__(self, folder: Path, policy: Policy, **limits) -> None:
+    def __init__(self, folder: Path, policy: Policy, edit: Edit = unchanged, **limits) -> None:
+        """edit: of the first adapter."""
         self.config = ModelConfig.from_folder(folder)
-        weights = load_weights(self.config, folder, torch.float32, pack=False)
+        self.weights = weights = load_weights(self.config, folder, torch.float32, pack=False)
         step_limits = StepLimits(3, 64, **{"adapter_slots": 2, "max_rank": 16, **limits})
         self.late = CudaRunner(self.config, weights, LateQueue(), step_limits, 512, policy)
         adapters = [random_adapter(self.config, [12], 1), random_adapter(self.config, [8, 3], 2, without=["down"])]
+        adapters[0] = edit(adapters[0], self.config)
         for slot, adapter in enumerate(adapters):
             assert self.late.adapters.fill(slot, self.late.adapters.prepare(adapter)).done
         plain = merged_runner(self.config, weights, None, BLOCK)
@@ -53,6 +63,14 @@ class Served:
     def expected(self, slot: int, count: int) -> list[int]:
         """Tokens of a sequence alone."""
         return one_after_the_other(self.by_adapter[NAMED.get(slot)], PROMPTS[slot], TABLES[slot], count)
+
+    def check_logits(self) -> None:
+        """Of all prompts in one step."""
+        rows = [Row(PROMPTS[slot], 0, TABLES[slot], DRAW, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
+        found = self.late.logits(rows)
+        for slot, row in enumerate(rows):
+            exact = self.by_adapter[row.adapter].compute([row._replace(adapter=None)])[1]
+            torch.testing.assert_close(found[slot : slot + 1], exact, rtol=2e-4, atol=2e-4)
 
 
 @pytest.fixture
@@ -72,12 +90,7 @@ def test_logits_and_tokens_of_mixed_batches_equal_those_of_merged_weights(served
     """Guards every product's part of a slot, other ranks in one product, parts that are left alone, rows that are left
     behind the last layer's attention; grouping on the device, captured steps, steps of rows and prompts in one pass,
     and a slot of sequences that another takes over."""
-    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
-    rows = [Row(PROMPTS[slot], 0, TABLES[slot], draw, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
-    found = served.late.logits(rows)
-    for slot, row in enumerate(rows):
-        exact = served.by_adapter[row.adapter].compute([row._replace(adapter=None)])[1]
-        torch.testing.assert_close(found[slot : slot + 1], exact, rtol=2e-4, atol=2e-4)
+    served.check_logits()
     run = Ahead(served.late)
     run.adapters = NAMED
     for slot, prompt in PROMPTS.items():
@@ -124,14 +137,45 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
     assert found[0] != one_after_the_other(served.by_adapter[None], PROMPTS[0], TABLES[0], 2), "it changes nothing"
 
 
+def test_whole_weights_of_adapters_take_the_place_of_the_model_s(make_model):
+    """Guards against rows of another slot's tables, norms of another number, logits of a model's head, flags of the
+    adapter that a slot had before: of captured steps, parts of prompts, both in one pass, and scored prompts."""
+    folder = make_model("llama", num_hidden_layers=2, vocab_size=176).folder
+    served = Served(folder, untuned, edit=with_wholes, mixed_tokens=4, adapter_wholes=True)
+    served.check_logits()
+    run = Ahead(served.late)
+    run.adapters = NAMED
+    for slot, prompt in PROMPTS.items():
+        run.start(slot, prompt, TABLES[slot])
+        while run.computed[slot] < len(prompt):
+            run.launch([*range(slot), slot], 9)
+    run.launch(list(PROMPTS))
+    run.launch(list(PROMPTS))
+    assert [run.generated(slot)[:3] for slot in PROMPTS] == [served.expected(slot, 3) for slot in PROMPTS]
+
+    scored = Row(PROMPTS[0], 0, TABLES[0], DRAW, 0, PromptTargets(0, PROMPTS[0][1:], 2), adapter=0)
+    late, plain = served.late.launch([scored]), served.by_adapter[0].launch([scored._replace(adapter=None)])
+    assert [entry.token_ids for entry in late.read()] == [entry.token_ids for entry in plain.read()]
+    for one, other in zip(late.prompt_logprobs[0], plain.prompt_logprobs[0], strict=True):
+        assert (one.rank, one.logprob) == (other.rank, pytest.approx(other.logprob, abs=1e-3))
+
+    own = random_adapter(served.config, [8], 5)
+    assert served.late.adapters.fill(0, served.late.adapters.prepare(own)).done
+    run.start(2, PROMPTS[2], TABLES[2])
+    for _ in range(3):
+        run.launch([2])
+    alone = merged_runner(served.config, served.weights, own, BLOCK)
+    assert run.generated(2)[:3] == one_after_the_other(alone, PROMPTS[2], TABLES[2], 3)
+
+
 def test_adapters_that_no_kernel_runs_are_refused(make_model):
     """Guards against an adapter of which a part is left out."""
     config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
     prepare = BankSlots(BankShape(BankLayout.of(config), 2, 32, torch.bfloat16), LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
-    with pytest.raises(AdapterError, match="head"):
+    with pytest.raises(AdapterError, match="head by pairs"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
-    with pytest.raises(AdapterError, match="norms"):
+    with pytest.raises(AdapterError, match="room with --lora-modules-to-save"):
         prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
         prepare(random_adapter(config, [48], 1))

@@ -17,7 +17,7 @@ from baton.testing.device_ranks import DeviceRanks
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_wholes
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
 
 BLOCK = 16
@@ -91,10 +91,11 @@ def test_ranks_hold_the_same_drafts(make_model):
 
 
 def test_ranks_compute_with_their_parts_of_an_adapter(make_model):
-    """Guards against rows or columns of another rank's product, and what an adapter adds to a sum twice."""
+    """Guards against rows or columns of another rank's product, what an adapter adds to a sum twice, and another rank's
+    part of its head."""
     folder = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL).folder
-    ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16)
-    adapter = random_adapter(plain.config, [12, 5], 1)
+    ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16, adapter_wholes=True)
+    adapter = with_wholes(random_adapter(plain.config, [12, 5], 1), plain.config)
     slots = RankSlots(plain.config, [runner.adapters for runner in ranks.runners])
     assert slots.fill(1, slots.prepare(adapter)).done
     whole = load_weights(plain.config, folder, torch.float32, pack=False)
