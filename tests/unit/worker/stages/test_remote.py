@@ -216,7 +216,7 @@ def test_a_worker_that_ends_says_so(stack: ExitStack) -> None:
 
 
 def test_a_stage_of_other_weights_or_too_many_or_of_another_version_is_refused(stack: ExitStack) -> None:
-    """Guards against KV of two models under one name, and a user who is not told which process is wrong."""
+    """Guards against KV of two models under one name, and an error that does not say which process is wrong."""
     first = FirstStage(stack)
     old = RawStage(stack, first, "old")
     old.send(0, StageJoin(version=STAGE_VERSION + 1))
