@@ -46,10 +46,11 @@ GROUPS = {
     "norm": r"_(whole_)?norm_kernel",
     "rope_write": r"_(rope_write|kv_write|latent_write|rotate_queries)_kernel",
     "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
-    "draw": r"_(best_of_block|best_of_rows?|scatter|prepare|pass|threshold|block|row|propose|accept|entries)_kernel",
+    "draw": r"_(best_of_block|best_of_rows?|scatter|prepare|pass|threshold|block|row|propose|accept|offer|entries)"
+    r"_kernel",
     "inputs": r"_(gather(_drafts)?|inputs|share_out)_kernel|.*(index_?select|vectorized_gather|CatArray)",
     "ranks": r"_meet_kernel",
-    "adapters": r"_(group_rows|shrink_ranks|expand_ranks)_kernel",
+    "adapters": r"_(group_rows|shrink_ranks|expand_ranks|embed|head)_kernel",
     "routing": r"_(router|choose|order|spread)_kernel",
     "linear": r"_(linear\w*|gated_product|product_8bit|gather_columns|experts\w*)_kernel"
     r"|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
