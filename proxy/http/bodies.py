@@ -7,6 +7,7 @@ and no API. A rate below which a body is too slow is kept by `connections`, befo
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,4 +140,4 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, held: HeldBo
     if (encoding := headers.get("content-encoding", "")) not in ("", "identity"):
         message_text = f"bodies with Content-Encoding {excerpt(encoding, 40)} are not read here: send it as it is"
         raise BadRequest(message_text, status=415, code="unsupported_encoding")
-    held.content = b"".join(parts)
+    held.content = b"".join(parts).removeprefix(codecs.BOM_UTF8)

@@ -25,7 +25,8 @@ _BEGINNING = re.compile(r"/+(v1/+)?")
 
 
 class LenientPaths:
-    """`//v1/models`, `/v1//models` and `/models` are `/v1/models`: base URLs end in a slash, or lack their `/v1`.
+    """`//v1/models`, `/v1//models`, `/models` and `/v1/models/` are `/v1/models`: base URLs end in a slash, or lack
+    their `/v1`, and clients lose their body or their key where they are sent from one to the other.
     HEAD is GET without the body, as RFC 9110 wants."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -35,6 +36,8 @@ class LenientPaths:
         if scope["type"] == "http":
             if "//" in scope["path"]:
                 scope = {**scope, "path": single_slashes(scope["path"])}
+            if len(scope["path"]) > 1 and scope["path"].endswith("/"):
+                scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
             if scope["path"] in WITHOUT_V1:
                 scope = {**scope, "path": f"/v1{scope['path']}"}
             if scope["method"] == "HEAD":

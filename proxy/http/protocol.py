@@ -9,13 +9,14 @@ access sees the request; how long each phase may take is decided in `connections
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from baton.proxy.http.connections import Connections, Phase
 from baton.proxy.http.failures import Failure
@@ -133,9 +134,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         message, body_bytes = self._num_messages, self.body_bytes
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # no other protocol is spoken here: answered as if it had not been asked for
+            self._parse(data)
         except httptools.HttpParserError:
             if not self._deaf:
                 self._refuse(self._refusal or _MALFORMED)
@@ -144,6 +143,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._framing_bytes += len(data) - (self.body_bytes - body_bytes)
             if self._framing_bytes > MAX_HEAD_BYTES + self.body_bytes:
                 self._refuse(_LARGE_HEAD if self._in_head else _FRAMING)
+
+    def _parse(self, data: bytes) -> None:
+        """No other protocol is spoken here. The parser takes what follows a head that asks for one as none of HTTP,
+        also the body: so the head is read once more without its wish. Clients of Java send it with every request."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._asks_for_upgrade():
+                    return
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def _asks_for_upgrade(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        return line + b"".join(kept) + b"\r\n"
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -166,6 +187,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._asks_for_upgrade():
+            return
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             self._stop(_VERSION)
@@ -175,12 +198,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self.since_s = self.loop.time()
         super().on_headers_complete()
+        if version == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[method-assign]
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._asks_for_upgrade():
+            return
         self._receiving = False
         super().on_message_complete()
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -227,6 +254,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 def bounded_protocol(connections: Connections) -> Any:
     """What uvicorn.Config takes as `http`: a maker of protocols."""
     return partial(BoundedHttpProtocol, connections)
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """HTTP/1.0 has no chunks, which uvicorn makes of an answer without a length: it ends with the connection there."""
+    send, has_length = cycle.send, False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name == b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = None if has_length else False
+        elif not has_length:  # uvicorn counts down to 0, which it must reach with the last part
+            cycle.expected_content_length = len(message.get("body", b"")) + bool(message.get("more_body"))
+        await send(message)
+
+    return send_plain
 
 
 def _answer(failure: Failure) -> bytes:

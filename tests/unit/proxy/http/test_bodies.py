@@ -59,6 +59,14 @@ async def test_a_body_counts_until_it_is_let_go_of() -> None:
         assert bodies.used_bytes == 0
 
 
+async def test_a_mark_of_utf8_is_no_part_of_a_body() -> None:
+    """Guards against a file of an editor of Windows that is sent as it is, and refused as no JSON."""
+    bodies, _ = memory(100)
+    with bodies.hold() as held:
+        await read_body(SCOPE, sends(b"\xef\xbb", b"\xbf{}"), 10, held)
+        assert held.content == b"{}"
+
+
 async def test_a_compressed_body_is_refused_as_such() -> None:
     """Guards a client that compresses from an error about JSON."""
     bodies, _ = memory(100)

@@ -83,10 +83,11 @@ async def test_a_doubled_slash_reaches_its_route_behind_the_key(
 
 
 async def test_a_base_url_without_v1(front: tuple[httpx.AsyncClient, httpx.AsyncClient]) -> None:
-    """Guards against the most frequent mistake in a client's settings, and against a way around the key."""
+    """Guards against the most frequent mistake in a client's settings, and against a way around the key; and against
+    sending a client to a path without its last slash, which takes its body or its key from it."""
     client, stranger = front
     assert (await client.get("/models")).json() == (await client.get("/v1/models")).json()
-    for path in ("/completions", "http://proxy//completions"):
+    for path in ("/completions", "http://proxy//completions", "/v1/completions/", "/completions/"):
         assert (await client.post(path, json=COMPLETION)).status_code == 200
         assert (await stranger.post(path, json=COMPLETION)).status_code == 401
 

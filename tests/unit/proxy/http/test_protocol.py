@@ -241,8 +241,31 @@ async def test_an_upgrade_is_not_followed(serve: Serve) -> None:
     upgrade = b"\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
     async with serve() as served:
         assert statuses(await served.ask(LIVE.replace(b"\r\n\r\n", upgrade + b"\r\n"))) == [200]
+        body = completion(stream=True)[len(POST) :]
+        client = await served.connect(POST + upgrade.replace(b", close", b"")[2:] + body)
+        assert b"data:" in await client.until(b"data: [DONE]\n\n\r\n0\r\n\r\n")  # Java's client, which then asks again
+        await client.send(POST + upgrade[2:] + body[:-5])
+        await client.send(body[-5:])
+        answer = await client.rest()
+        assert statuses(answer) == [200] and answer.count(b"data: [DONE]") == 1
+        chunked = POST + upgrade[2:] + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+        assert b"model: Field required" in await served.ask(chunked)
+        connect = b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n"
+        assert statuses(await served.ask(connect)) == [400]
         websocket = b"\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n"
         assert statuses(await served.ask(LIVE.replace(b"\r\n\r\n", websocket + b"\r\n"))) == [200]
+
+
+async def test_an_old_client_gets_its_answers_without_chunks(serve: Serve) -> None:
+    """Guards against chunks in the text that a client of HTTP/1.0 reads: such an answer ends with the connection."""
+    async with serve() as served:
+        head, _, events = (await served.ask(completion(stream=True).replace(b"1.1", b"1.0"))).partition(b"\r\n\r\n")
+        assert b"connection: close" in head and b"transfer-encoding" not in head
+        frames = events.split(b"\n\n")
+        assert frames[-2:] == [b"data: [DONE]", b""] and all(json.loads(frame[6:]) for frame in frames[:-2])
+        whole = await served.ask(completion().replace(b"1.1", b"1.0"))
+        assert b"content-length" in whole and json.loads(whole.partition(b"\r\n\r\n")[2])["choices"]
+        assert statuses(await served.ask(LIVE.replace(b"GET", b"HEAD").replace(b"1.1", b"1.0"))) == [200]
 
 
 # ---- slow clients -------------------------------------------------------------------------------------------------
