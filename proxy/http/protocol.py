@@ -199,7 +199,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.since_s = self.loop.time()
         super().on_headers_complete()
         if version == "1.0":
-            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[method-assign]
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
