@@ -45,6 +45,7 @@ from baton.worker.ranks.messages import ModelPart
 from baton.worker.settings import WorkerSettings, WorkerSizes
 from baton.worker.stages.adapters import StagedSlots
 from baton.worker.stages.group import StageGroup
+from baton.worker.stages.remote.adapters import SpreadSlots
 from baton.worker.stages.remote.copies import SpreadCopies
 from baton.worker.stages.remote.first import RemoteStages
 from baton.worker.stages.runner import PipelineRunner
@@ -103,8 +104,6 @@ def load_model(
         )
     if settings.max_loras:
         check_adapters(model_config(folder))
-        if settings.stages_bind:
-            raise SettingsError("--max-loras: stages on other hosts (--stages-bind) take no adapters")
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:
@@ -298,7 +297,8 @@ def _in_remote_stages(
 
     runner = PipelineRunner(first, settings.pp, stages.following, stages.last)
     loaded = _loaded(settings, first, runner, pools, layout, make_planes, copies, stages)
-    return replace(loaded, check_weights=stages.check_weights)
+    slots = SpreadSlots(first.adapters, settings.pp, stages, stages.following)
+    return replace(loaded, check_weights=stages.check_weights, adapter_slots=slots)
 
 
 def _loaded(

@@ -1,4 +1,4 @@
-"""The part of an adapter that one rank of a group computes with: views of what all ranks have.
+"""The part of an adapter that one rank of a group, or one stage, computes with: views of what all have.
 
     query, key, value, gate, up, head:  y[outputs of a rank] = W x + b (a x)              rows of b
     o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
@@ -13,7 +13,7 @@ from dataclasses import replace
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts
 from baton.models.config import ModelConfig
 from baton.models.latent_config import LatentConfig
-from baton.models.partition import Rank
+from baton.models.partition import Rank, Stage
 
 
 def share_of(adapter: Adapter, config: ModelConfig, rank: Rank) -> Adapter:
@@ -27,6 +27,19 @@ def share_of(adapter: Adapter, config: ModelConfig, rank: Rank) -> Adapter:
         layers=tuple(_layer(number, layer, config, rank) for number, layer in enumerate(adapter.layers)),
         lm_head=_outputs(adapter.lm_head, vocabulary),
         whole_head=head,
+    )
+
+
+def layers_of(adapter: Adapter, stage: Stage) -> Adapter:
+    """The part of `stage`: nothing in the layers of others. Norms are small, and stay."""
+    own = stage.layers(len(adapter.layers))
+    return replace(
+        adapter,
+        layers=tuple(layer if number in own else LayerAdapter() for number, layer in enumerate(adapter.layers)),
+        embedding=adapter.embedding if stage.is_first else None,
+        lm_head=adapter.lm_head if stage.is_last else (),
+        whole_embedding=adapter.whole_embedding if stage.is_first else None,
+        whole_head=adapter.whole_head if stage.is_last else None,
     )
 
 

@@ -158,6 +158,16 @@ class CpuAdapterSlots:
         _, directory = flatten(adapter, self._dtype, tensor_of)
         return FlatAdapter(memories[0], directory)
 
+    def received(self, directory: Directory, data: bytearray) -> FlatAdapter:
+        """The one that lies so in `data`, prepared by a process of another host. AdapterError if it does not."""
+        memory = self._peers.allocate(len(data))
+        memory.tensor[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+        try:
+            view(memory.tensor[: len(data)], self._dtype, directory)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise AdapterError(f"{len(data)} bytes are not the adapter that they should be: {error}") from None
+        return FlatAdapter(memory, directory)
+
     def fill(self, slot: int, adapter: PreparedAdapter) -> Fill:
         if not isinstance(adapter, FlatAdapter):
             raise InvariantBroken("an adapter that was not prepared here")

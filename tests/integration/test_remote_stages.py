@@ -16,10 +16,12 @@ import pytest
 from baton.launch.cluster import NodeProcess
 from baton.launch.local import free_port
 from baton.launch.supervisor import ChildSpec
+from baton.models.fallback.config import model_config
 from baton.node.credentials import Keys, NodeRole
 from baton.node.secret_file import read_secret
+from baton.testing.adapter_folders import write_adapter
 from baton.tests.integration.cluster import NO_TLS, Cluster, start_node
-from baton.tests.integration.conftest import MAX_TOKENS, Oracle
+from baton.tests.integration.conftest import DEMO, MAX_TOKENS, Oracle
 from baton.tests.integration.prompts import LONG, PROMPTS
 from baton.tests.integration.untrusted import RawClient, one_of_each_stage_message
 from baton.worker.stages.remote.messages import encode_frames
@@ -35,6 +37,7 @@ class StagedCluster:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self._folder = cluster, folder
         cluster.complete(LONG[8], max_tokens=1)
+        self.adapted = self.with_adapter("of one process")
         cluster.wait_until(lambda: cluster.worker_values("store_written_blocks_total")["prefill-0"] > 8, "blocks")
         cluster.nodes.kill("prefill-0")
         cluster.nodes.forget("prefill-0")
@@ -49,6 +52,12 @@ class StagedCluster:
             if worker != "prefill-1":
                 self._start_stage(worker, first)
         cluster.wait_workers(*self.ports, "decode-0")
+
+    def with_adapter(self, cache_salt: str) -> list[str]:
+        """Answers to prompts with the adapter; KV under one salt is not used under another."""
+        body = {"model": "adapter", "max_tokens": 8, "ignore_eos": True, "cache_salt": cache_salt}
+        streams = [self.cluster.begin(prompt, **body) for prompt in SOME]
+        return [stream.join().text for stream in streams]
 
     def _start_stage(self, worker: str, first: str) -> None:
         probes = ("--probe-port", str(self.probe_ports[worker]))
@@ -84,8 +93,13 @@ class StagedCluster:
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedCluster]:
     folder = tmp_path_factory.mktemp("logs")
-    store = ("--ram-gib", "0.05")
-    with Cluster(worker_args=("--store-loads", "always"), store_args=store, log_folder=folder) as cluster:
+    adapter = write_adapter(folder / "adapter", model_config(DEMO))
+    with Cluster(
+        proxy_args=("--local-prefill", "never", "--lora-modules", f"adapter={adapter}"),
+        worker_args=("--store-loads", "always", "--max-loras", "1"),
+        store_args=("--ram-gib", "0.05"),
+        log_folder=folder,
+    ) as cluster:
         staged = StagedCluster(cluster, folder)
         try:
             yield staged
@@ -107,6 +121,14 @@ def test_answers_are_those_of_one_process(staged: StagedCluster, oracle: Oracle)
     assert not sum(cluster.worker_values("transfers_failed_total").values())
     assert not sum(cluster.worker_values("digest_retries_total").values())
     cluster.wait_idle()
+
+
+def test_answers_with_an_adapter_are_those_of_one_process(staged: StagedCluster, oracle: Oracle) -> None:
+    """Guards against a stage that computes without its part of an adapter, or with it for requests without one."""
+    answers = [staged.with_adapter(f"of stages {time}") for time in range(2)]
+    assert answers == [staged.adapted] * 2
+    assert staged.adapted != [text for text, _ in oracle.answers(SOME)]
+    assert staged.cluster.complete(SOME[0], max_tokens=MAX_TOKENS)["choices"][0]["text"] == oracle.answers(SOME)[0][0]
 
 
 def test_kv_gets_to_the_store_and_from_it(staged: StagedCluster, oracle: Oracle) -> None:

@@ -67,6 +67,7 @@ from baton.node.messages.wire import decode
 from baton.worker.ranks.messages import ModelPart
 from baton.worker.stages.remote.messages import (
     STAGE_VERSION,
+    AdapterForgotten,
     BlocksTaken,
     BlockSums,
     BlocksWanted,
@@ -267,6 +268,7 @@ def one_of_each_stage_message() -> list[StageMessage]:
         PieceCancel(**transfer),
         PieceEnded(**piece, reason="x" * 4096),
         PieceIdle(**transfer),
+        AdapterForgotten(number=1 << 62),
         StageLeaving(),
         StageEnd(),
     ]

@@ -32,7 +32,7 @@ class RowRecord(msgspec.Struct, frozen=True, array_like=True):
     adapter: int | None
 
 
-class FillRecord(msgspec.Struct, frozen=True):
+class FillRecord(msgspec.Struct, frozen=True, tag=True):
     """A slot that rank 0 has filled, with an adapter in its process's memory."""
 
     slot: int

@@ -12,6 +12,7 @@ from baton.node.errors import InvariantBroken
 from baton.worker.ranks.exchange import AdapterMemory
 from baton.worker.ranks.records import FillRecord, encode_fill
 from baton.worker.stages.links import StepLink
+from baton.worker.stages.messages import SlotFill
 
 
 class StagedSlots:
@@ -32,7 +33,9 @@ class StagedSlots:
         return self._first.fill(slot, adapter)
 
 
-def fill_as_first(slots: CpuAdapterSlots, record: FillRecord) -> None:
+def fill_as_first(slots: CpuAdapterSlots, record: SlotFill) -> None:
     """In a stage after the first, and its ranks."""
+    if not isinstance(record, FillRecord):
+        raise InvariantBroken("an adapter that was given to another host's stage")
     if (memory := AdapterMemory.of(record)) is not None:
         slots.fill(record.slot, FlatAdapter(memory, record.directory))

@@ -25,7 +25,17 @@ class StepDrawn(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]]
 
 
-_rows: msgspec.msgpack.Decoder[list[Row] | FillRecord] = msgspec.msgpack.Decoder(list[Row] | FillRecord)
+class GivenFill(msgspec.Struct, frozen=True, tag=True):
+    """A slot that the first stage has filled, with an adapter that it has given to stages of other hosts."""
+
+    slot: int
+    number: int
+    """Of the adapter."""
+
+
+SlotFill = FillRecord | GivenFill
+
+_rows: msgspec.msgpack.Decoder[list[Row] | SlotFill] = msgspec.msgpack.Decoder(list[Row] | SlotFill)
 _drawn = msgspec.msgpack.Decoder(StepDrawn)
 
 
@@ -33,7 +43,7 @@ def encode_rows(rows: Sequence[Row]) -> bytes:
     return msgspec.msgpack.encode(list(rows))
 
 
-def decode_rows(record: bytes) -> list[Row] | FillRecord:
+def decode_rows(record: bytes) -> list[Row] | SlotFill:
     """Of a step; or a slot that the first stage has filled, between two steps."""
     try:
         return _rows.decode(record)

@@ -11,9 +11,9 @@ import torch
 
 from baton.models.batch import Launched, Row
 from baton.node.errors import InvariantBroken, PeerLost
-from baton.worker.ranks.records import FillRecord
 from baton.worker.stages.links import StepLink
 from baton.worker.stages.messages import (
+    SlotFill,
     StepDrawn,
     bytes_of,
     decode_masks,
@@ -59,7 +59,7 @@ class Entering:
                 return
 
 
-def no_adapters(record: FillRecord) -> None:
+def no_adapters(record: SlotFill) -> None:
     """Of stages that take none."""
     raise InvariantBroken(f"slot {record.slot} is filled, where there is none")
 
@@ -70,14 +70,14 @@ def work(
     leaving: StepLink,
     is_last: bool,
     on_computed: Callable[[Sequence[Row]], None] = lambda rows: None,
-    on_filled: Callable[[FillRecord], None] = no_adapters,
+    on_filled: Callable[[SlotFill], None] = no_adapters,
 ) -> None:
     """Ends with PeerLost. on_computed: called for each step before it leaves; on_filled: for each slot of an adapter
     that the first stage has filled."""
     while True:
         record, data = entering.receive()
         rows = decode_rows(record)
-        if isinstance(rows, FillRecord):
+        if isinstance(rows, SlotFill):
             on_filled(rows)
             if not is_last:
                 leaving.send(record)

@@ -166,9 +166,6 @@ def test_only_prefill_workers_have_stages():
             load_model(settings, settings.worker_sizes("cpu"), "cpu", role, locate_model("demo"))
     with pytest.raises(SettingsError, match="--stages-bind with --pp 1"):
         PrefillSettings(stages_bind="tcp://127.0.0.1:0")
-    remote = PrefillSettings(pp=2, num_blocks=4, max_loras=1, stages_bind="tcp://127.0.0.1:0")
-    with pytest.raises(SettingsError, match="--max-loras: stages on other hosts"):
-        load_model(remote, remote.worker_sizes("cpu"), "cpu", "prefill", locate_model("demo"))
     prefill = PrefillSettings(pp=2, num_blocks=4)
     with pytest.raises(SettingsError, match="--pp 2: the stages of a worker compute on CPUs only"):
         load_model(prefill, prefill.worker_sizes("cuda"), "cuda", "prefill", locate_model("demo"))

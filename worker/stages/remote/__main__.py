@@ -33,6 +33,7 @@ from baton.worker.kv_layout import layout_of
 from baton.worker.ranks.group import start_ranks
 from baton.worker.ranks.loading import load_part, stage_of
 from baton.worker.ranks.members import LOAD_S, pool_made
+from baton.worker.stages.remote.adapters import GivenAdapters
 from baton.worker.stages.remote.joining import FirstStageLink, NotAPart, summing
 from baton.worker.stages.remote.messages import (
     MAX_TEXT,
@@ -123,7 +124,8 @@ def _compute(
         runner.bind_pool(pool.tensor, pool.scales)
         ranks.share_pool(pool_made(pool))
         ranks.watch(lambda lost: first.steps.shut())
-        first.use(ZmqPlane(planes, LayerMemory(pool), made.end, host), pool)
+        adapters = GivenAdapters(runner.adapters)
+        first.use(ZmqPlane(planes, LayerMemory(pool), made.end, host), pool, adapters)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: first.send(StageLeaving()))
         index, count = part.stage, part.num_stages
@@ -132,7 +134,7 @@ def _compute(
         freeze_startup_objects()
         is_last = index + 1 == count
         leaving = first.draws if is_last else first.steps
-        work(runner, Entering(first.steps, count), leaving, is_last, summing(pool, first.send))
+        work(runner, Entering(first.steps, count), leaving, is_last, summing(pool, first.send), adapters.fill)
     finally:
         ranks.close()
 

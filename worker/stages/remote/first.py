@@ -32,6 +32,7 @@ from baton.worker.stages.remote.links import ParcelLink
 from baton.worker.stages.remote.messages import (
     FROM_STAGE,
     STAGE_VERSION,
+    AdapterForgotten,
     BlocksTaken,
     BlockSums,
     BlocksWanted,
@@ -149,6 +150,13 @@ class RemoteStages:
 
     def give_blocks(self, stage: int, record: bytes, data: Bytes) -> None:
         self._send_parcel(stage, "blocks", record, data)
+
+    def give_adapter(self, stage: int, record: bytes, data: Bytes) -> None:
+        self._send_parcel(stage, "adapters", record, data)
+
+    def forget_adapter(self, number: int) -> None:
+        for peer in self._stages:
+            self._transport.send(peer, AdapterForgotten(number=number))
 
     def watch(self, deliver: Deliver) -> None:
         with self._lock:

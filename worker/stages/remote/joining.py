@@ -19,6 +19,7 @@ from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.models.batch import Row
 from baton.node.errors import PeerLost
 from baton.node.sockets import Context
+from baton.worker.stages.remote.adapters import GivenAdapters
 from baton.worker.stages.remote.copies import StageCopies
 from baton.worker.stages.remote.links import ParcelLink
 from baton.worker.stages.remote.messages import (
@@ -26,6 +27,7 @@ from baton.worker.stages.remote.messages import (
     MAX_ROWS,
     MAX_SUMS_BYTES,
     STAGE_VERSION,
+    AdapterForgotten,
     BlockSums,
     BlocksWanted,
     Channel,
@@ -71,6 +73,7 @@ class FirstStageLink:
         self._num_rows = 0
         """Of the pool, as the end of the plane counts them."""
         self._copies: StageCopies | None = None
+        self._adapters: GivenAdapters | None = None
         self._cancelled: set[bytes] = set()
         self._joined = False
         self._join_at = 0.0
@@ -99,9 +102,11 @@ class FirstStageLink:
     def send(self, message: StageMessage) -> None:
         self._transport.send(FIRST, message)
 
-    def use(self, plane: Plane, pool: BlockPool) -> None:
-        """Its end of the data plane, which belongs to the transport's thread from now on, and the pool."""
+    def use(self, plane: Plane, pool: BlockPool, adapters: GivenAdapters) -> None:
+        """Its end of the data plane, which belongs to the transport's thread from now on, the pool, and what the first
+        stage gives of adapters."""
         self._copies, self._num_rows = StageCopies(pool), LayerMemory(pool).num_blocks
+        self._adapters = adapters
         ready = StageReady(plane=plane.describe())
         self._plane = plane
         self.send(ready)
@@ -132,6 +137,8 @@ class FirstStageLink:
             case PieceCancel() if self._plane is not None:
                 self._plane.cancel(message.transfer_id)
                 self._cancelled.add(message.transfer_id)
+            case AdapterForgotten() if self._adapters is not None:
+                self._adapters.forget(message.number)
             case _ if isinstance(message, FROM_FIRST):
                 if isinstance(message, StageAssigned):
                     self._joined = True
@@ -141,10 +148,17 @@ class FirstStageLink:
                 raise PeerLost(f"{type(message).__name__} from {FIRST}")
 
     def on_parcel(self, peer: str, channel: Channel, record: bytes, data: bytearray) -> None:
-        if channel != "blocks":
-            (self.steps if channel == "steps" else self.draws).deliver(record, data)
-        elif self._copies is not None:
-            self.send(self._copies.take(record, data))
+        match channel:
+            case "steps":
+                self.steps.deliver(record, data)
+            case "draws":
+                self.draws.deliver(record, data)
+            case "blocks" if self._copies is not None:
+                self.send(self._copies.take(record, data))
+            case "adapters" if self._adapters is not None:
+                self._adapters.take(record, data)
+            case _:
+                raise PeerLost(f"a parcel of {channel} from {FIRST}, before this stage is ready")
 
     def on_lost(self, peer: str, reason: str) -> None:
         self._end(PeerLost(f"{FIRST} {reason}"), reason)

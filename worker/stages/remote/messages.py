@@ -1,7 +1,8 @@
 """What a stage on another host and the first stage say to each other.
 
     stage -> first   StageJoin, StageLoaded, StageReady, BlockSums, BlocksTaken, PieceEnded, PieceIdle, StageLeaving
-    first -> stage   StageAssigned, StagePool, BlocksWanted, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd
+    first -> stage   StageAssigned, StagePool, BlocksWanted, PeerKnown, PeerForgotten, PieceSend, PieceCancel,
+                     AdapterForgotten, StageEnd
     both             StageRefused, StageBeat, Parcel, ParcelPiece
 
 Both are of one version. Messages are numbered from 1 in each direction, so that a lost one is noticed; StageJoin and
@@ -22,7 +23,7 @@ from baton.node.messages.base import Count, Name, Small, Text, TransferId
 from baton.node.messages.transfer import PlaneAddress
 from baton.worker.ranks.messages import ModelPart
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 PARCEL_BYTES = 1 << 32
 PIECE_BYTES = 1 << 20
 """Of a parcel in one message: on a slow link beats are not kept waiting for longer."""
@@ -36,9 +37,9 @@ MAX_ROWS = 1 << 22
 MAX_TEXT = 4096
 
 Bytes = bytes | bytearray | memoryview
-Channel = Literal["steps", "draws", "blocks"]
+Channel = Literal["steps", "draws", "blocks", "adapters"]
 """Steps on their way through the stages; masks from the first to the last one, and back what it has drawn; blocks
-between the store and a stage's pool."""
+between the store and a stage's pool; a stage's part of an adapter."""
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -179,6 +180,12 @@ class PieceIdle(Base, frozen=True):
     transfer_id: TransferId
 
 
+class AdapterForgotten(Base, frozen=True):
+    """An adapter of the parcels of adapters: no slot is filled with it any more."""
+
+    number: Count
+
+
 StageMessage = (
     StageJoin
     | StageRefused
@@ -200,10 +207,21 @@ StageMessage = (
     | PieceCancel
     | PieceEnded
     | PieceIdle
+    | AdapterForgotten
 )
 UNNUMBERED = (StageJoin, StageRefused)
 FROM_STAGE = (StageJoin, StageLoaded, StageReady, BlockSums, BlocksTaken, PieceEnded, PieceIdle, StageLeaving)
-FROM_FIRST = (StageAssigned, StagePool, BlocksWanted, PeerKnown, PeerForgotten, PieceSend, PieceCancel, StageEnd)
+FROM_FIRST = (
+    StageAssigned,
+    StagePool,
+    BlocksWanted,
+    PeerKnown,
+    PeerForgotten,
+    PieceSend,
+    PieceCancel,
+    AdapterForgotten,
+    StageEnd,
+)
 
 _NUMBER = struct.Struct("<Q")
 _decoder = msgspec.msgpack.Decoder(StageMessage)

@@ -19,6 +19,7 @@ from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.blocks.stage_pools import SpreadPools, layer_sums
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.reshard import Cut
+from baton.models.adapters.slots import NO_SLOTS
 from baton.models.batch import Row
 from baton.node import sockets
 from baton.node.credentials import Credentials, Keys
@@ -28,6 +29,7 @@ from baton.node.sockets import Context
 from baton.tests.integration.untrusted import one_of_each_stage_message
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.messages import ModelPart
+from baton.worker.stages.remote.adapters import GivenAdapters
 from baton.worker.stages.remote.copies import SpreadCopies, StageCopies
 from baton.worker.stages.remote.end import RemotePlaneEnd
 from baton.worker.stages.remote.first import RemoteStages
@@ -151,7 +153,8 @@ def start(first: FirstStage, *links: FirstStageLink, pools: Sequence[BlockPool] 
     first.stages.wait_loaded()
     of_stage = dict(enumerate(pools, start=1))
     for link, number in zip(links, numbers, strict=True):
-        link.use(SendingEnd(), of_stage.get(number) or BlockPool(LAYOUT, 8))  # type: ignore[arg-type]
+        pool = of_stage.get(number) or BlockPool(LAYOUT, 8)
+        link.use(SendingEnd(), pool, GivenAdapters(NO_SLOTS))  # type: ignore[arg-type]
     names = [f"end/{number}" for number in range(len(links))]
     first.stages.make_ends(8, 4, names, [80] * len(links))
     assert {link.receive(StagePool, WAIT_S).num_blocks for link in links} == {8}
@@ -220,7 +223,9 @@ def test_a_stage_of_other_weights_or_too_many_or_of_another_version_is_refused(s
     first = FirstStage(stack)
     old = RawStage(stack, first, "old")
     old.send(0, StageJoin(version=STAGE_VERSION + 1))
-    assert old.receive() == StageRefused(reason=f"version {STAGE_VERSION + 1} of stages, this worker speaks 1")
+    assert old.receive() == StageRefused(
+        reason=f"version {STAGE_VERSION + 1} of stages, this worker speaks {STAGE_VERSION}"
+    )
     link = stage_of(stack, first, "a")
     start(first, link)
     with pytest.raises(SettingsError, match=r"stage 1 \(a\) has read other weights"):
