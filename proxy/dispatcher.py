@@ -32,7 +32,8 @@ from baton.proxy.routing.roles import MixedRoles
 from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
 from baton.proxy.scaling.demand import capacities
 from baton.proxy.scaling.objectives import LatencyObjectives, RoleScale, ScaleMonitor
-from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
+from baton.proxy.session import Session
+from baton.proxy.session_host import Event, ProxyStopping, WorkerLost
 from baton.proxy.settings import ProxySettings
 
 POLL_S = 0.1
@@ -63,7 +64,7 @@ COUNTERS = (
 
 
 class Dispatcher:
-    """Implements proxy.interface.Engine and proxy.session.SessionHost. Lives in one event loop."""
+    """Implements proxy.interface.Engine and proxy.session_host.SessionHost. Lives in one event loop."""
 
     def __init__(
         self,

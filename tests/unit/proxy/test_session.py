@@ -39,7 +39,8 @@ from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.model_workers import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route, WorkerView
 from baton.proxy.scaling.objectives import LatencyObjectives, ScaleMonitor
-from baton.proxy.session import MAX_TOGETHER, MAX_WAITING, Event, ProxyStopping, Session, WorkerLost
+from baton.proxy.session import MAX_TOGETHER, MAX_WAITING, Session
+from baton.proxy.session_host import Event, ProxyStopping, WorkerLost
 
 SAMPLING = SamplingSpec(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
