@@ -3,7 +3,8 @@ only the headers are read.
 
 `model.safetensors` comes before an index. Of an index only the files that it names count, with all that they hold; of
 several copies of a tensor that in the last file by name is taken. Names may lack the leading `model.` (saved from the
-decoder without its head) or have it once more than they should.
+decoder without its head) or have it once more than they should; those of the decoder of a model that sees images may
+have `language_model.` in front or behind it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from baton.node.telemetry import excerpt, log_event
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PREFIX = "model."
+PREFIX, DECODER = "model.", "language_model."
 MAX_NAME_BYTES = 255
 """Of a file, in every common file system."""
 MAX_INDEX_BYTES = 64 << 20
@@ -78,7 +79,8 @@ class Checkpoint:
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor that fills the weight `name`, or None; SettingsError when two names mean it."""
-        spellings = dict.fromkeys((name, PREFIX + name, name.removeprefix(PREFIX)))
+        bare = name.removeprefix(PREFIX)
+        spellings = dict.fromkeys((name, PREFIX + name, bare, DECODER + name, f"{PREFIX}{DECODER}{bare}"))
         found = [spelling for spelling in spellings if spelling in self.holders]
         if len(found) > 1:
             raise SettingsError(f"{self.folder}: tensors {' and '.join(found)} are both {name}")

@@ -16,6 +16,7 @@ from baton.models.folder import MAX_LENGTH, JsonObject
 from baton.models.latent_config import LatentConfig, read_latent
 from baton.models.quantization.scheme import Quantization, read_quantization
 from baton.models.rope_config import RopeConfig, read_ropes, score_factor
+from baton.node.decoder_config import decoder_config
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_TOKEN_ID
 from baton.node.model_folder import MAX_END_TOKENS, MAX_VOCAB_SIZE
@@ -144,7 +145,9 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Reads the folder's configuration; raises SettingsError, or UnsupportedModel, which is one."""
-        return _read(JsonObject.from_file(folder / "config.json"), folder / "generation_config.json")
+        config = JsonObject.from_file(folder / "config.json")
+        config = JsonObject(config.where, decoder_config(config.fields))
+        return _read(config, folder / "generation_config.json")
 
 
 def _read(config: JsonObject, generation_path: Path) -> ModelConfig:

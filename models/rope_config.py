@@ -16,8 +16,8 @@ from baton.models.folder import Json, JsonObject
 from baton.node.errors import SettingsError
 from baton.node.telemetry import excerpt
 
-SPELLINGS = {"su": "longrope"}
-"""Older names of a kind."""
+SPELLINGS = {"su": "longrope", "mrope": "default"}
+"""Older names of a kind; rotations by three numbers are the usual ones in a text."""
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 NO_ROPE: Mapping[str, Json] = MappingProxyType({})
 DEFAULT_THETA = 10000.0

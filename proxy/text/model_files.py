@@ -12,7 +12,9 @@ An id in these files counts for their order only: the tokenizer numbers new toke
 `split_special_tokens` makes special tokens in a text text.
 
 Chat template: `additional_chat_templates/*.jinja` and `chat_template.jinja`, which is named "default"; without any of
-them `chat_template` of `tokenizer_config.json`, as text, list or object. Of several the one named "default" is taken.
+them `chat_template` of `tokenizer_config.json`, as text, list or object; without that the one of `chat_template.json`,
+where older folders of models that see images have it. Of several the one named "default" is taken, and in chats with
+tools the one named "tool_use".
 
 End tokens: those of `generation_config.json`, those of `config.json` only where the former names none; and always the
 tokenizer's `eos_token`, which transformers leaves to its callers, as chats of fine-tuned models end with it (vLLM, too,
@@ -30,6 +32,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from baton.node.decoder_config import decoder_config
 from baton.node.errors import SettingsError
 from baton.node.model_folder import (
     MAX_CONFIG_BYTES,
@@ -44,6 +47,8 @@ from baton.node.telemetry import excerpt
 from baton.proxy.text.growth import check_growth
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
+"""Names of chat templates."""
 MAX_TEMPLATE_BYTES = 1 << 20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -68,6 +73,8 @@ class ModelFiles:
     """The named ones, `bos_token` and the like, for templates."""
     template: str
     """Source of the chat template; empty where there is none."""
+    tools_template: str
+    """Of chats with tools; empty where they have no other one."""
     table_size: int
     """Rows of the model's table of tokens; 0 where config.json does not say."""
     eos_ids: tuple[int, ...]
@@ -77,10 +84,10 @@ class ModelFiles:
 def read_model_files(folder: Path, chat_template: Path | None = None) -> ModelFiles:
     """`chat_template`: a file instead of the folder's. Raises SettingsError where the folder has no tokenizer, or a
     file cannot be read."""
-    config = _read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    config = decoder_config(_read_json(folder / "config.json", MAX_CONFIG_BYTES))
     generation = _read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
     names = _read_json(folder / "tokenizer_config.json")
-    template = _template(folder, names) if chat_template is None else _read_text(chat_template)
+    templates = _templates(folder, names) if chat_template is None else {_DEFAULT: _read_text(chat_template)}
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     named = _add_tokens(tokenizer, folder, names)
     tokenizer.encode_special_tokens = names.get("split_special_tokens") is True
@@ -89,7 +96,8 @@ def read_model_files(folder: Path, chat_template: Path | None = None) -> ModelFi
     return ModelFiles(
         tokenizer=tokenizer,
         special_tokens=named,
-        template=template,
+        template=templates.get(_DEFAULT, ""),
+        tools_template=templates.get(_WITH_TOOLS, "") if _DEFAULT in templates else "",
         table_size=_table_size(folder / "config.json", config, tokenizer),
         eos_ids=tuple(sorted(set(eos))),
         defaults=_sampling_defaults(generation),
@@ -231,20 +239,25 @@ def _id(value: object, where: Path) -> int:
 # ---- chat template ------------------------------------------------------------------------------------------------
 
 
-def _template(folder: Path, names: Mapping[str, Any]) -> str:
+def _templates(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
+    """The templates that are used, by name."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (path := folder / "chat_template.jinja").is_file():
-        files.setdefault("default", path)
+        files.setdefault(_DEFAULT, path)
     if files:
-        return _read_text(files["default"]) if "default" in files else ""
-    source = names.get("chat_template")
+        return {name: _read_text(files[name]) for name in (_DEFAULT, _WITH_TOOLS) if name in files}
+    path, source = folder / "tokenizer_config.json", names.get("chat_template")
+    if source is None:
+        path = folder / "chat_template.json"
+        source = _read_json(path).get("chat_template")
     if isinstance(source, list):
         source = dict(_named_templates(source))
-    if isinstance(source, dict):
-        source = source.get("default")
-    if source is not None and not isinstance(source, str):
-        raise SettingsError(f"chat_template in {folder / 'tokenizer_config.json'} is no text")
-    return source or ""
+    if not isinstance(source, dict):
+        source = {_DEFAULT: source}
+    found = {name: source[name] for name in (_DEFAULT, _WITH_TOOLS) if source.get(name) is not None}
+    if not all(isinstance(each, str) for each in found.values()):
+        raise SettingsError(f"chat_template in {path} is no text")
+    return found
 
 
 def _named_templates(entries: Iterable[object]) -> Iterable[tuple[str, object]]:

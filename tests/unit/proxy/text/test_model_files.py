@@ -128,6 +128,14 @@ FOLDERS: dict[str, tuple[list[AddedToken], Files]] = {
             }
         },
     ),
+    "template, one for tools": (
+        [],
+        {"tokenizer_config.json": {"chat_template": {"tool_use": "tools", "default": "a"}}},
+    ),
+    "template, a file for tools": (
+        [],
+        {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "tools"},
+    ),
     "template, an object": ([], {"tokenizer_config.json": {"chat_template": {"t": "b", "default": "a"}}}),
     "template, a file": (
         [],
@@ -170,6 +178,8 @@ def test_a_folder_has_the_tokens_and_the_template_that_transformers_gives_it(tmp
     }
     assert files.special_tokens == {key: str(value) for key, value in theirs.special_tokens_map.items()}
     assert files.template == (theirs.get_chat_template() if theirs.chat_template else "")
+    assert files.tools_template in ("", theirs.get_chat_template(tools=[{}]) if theirs.chat_template else "")
+    assert bool(files.tools_template) == ("for tools" in name)
     for sample in SAMPLES:
         for special in (False, True):
             assert text.encode(sample, add_special_tokens=special) == tuple(
@@ -232,3 +242,15 @@ def test_a_file_of_another_shape_is_a_settings_error(tmp_path: Path, name: str, 
     """Guards against a traceback at the start, and a token that is silently left out."""
     with pytest.raises(SettingsError):
         read_model_files(write_folder(tmp_path, [], {name: content}))
+
+
+def test_a_folder_of_a_model_that_sees_images(tmp_path: Path) -> None:
+    """Guards against an answer that never ends, ids that the table lacks, and a chat that is refused: keys of the
+    decoder are nested, and older folders have the template in the processor's file."""
+    text = {"model_type": "mistral", "vocab_size": 300, "eos_token_id": 9}
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    template = {"chat_template": "{{ messages[0].content }}"}
+    files = read_model_files(write_folder(tmp_path, [], {"config.json": config, "chat_template.json": template}))
+    assert (files.table_size, files.eos_ids, files.template) == (300, (9,), "{{ messages[0].content }}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 8]}))
+    assert read_model_files(tmp_path).eos_ids == (7, 8)
