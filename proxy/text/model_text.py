@@ -51,7 +51,9 @@ class ModelText:
         files = read_model_files(folder, chat_template)
         self._tokenizer = files.tokenizer
         self._info = {**files.special_tokens, "chat_template": files.template or None}
-        self._renderer = Renderer(files.template, files.special_tokens) if files.template else None
+        self._renderer = (
+            Renderer(files.template, files.special_tokens, files.tools_template) if files.template else None
+        )
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         known_ids = max(vocab.values(), default=-1) + 1
         self.vocab_size = files.table_size or known_ids
@@ -66,7 +68,7 @@ class ModelText:
         self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}
         self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self.markup = ModelMarkup(
-            files.template or "",
+            files.template + files.tools_template,
             {str(added.content): token for token, added in self._added.items()},
             self._special_ids,
             lambda text: self.encode(text, add_special_tokens=False),

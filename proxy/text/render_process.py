@@ -21,12 +21,21 @@ SUBJECT = Subject("the model's chat template", "these messages", "messages")
 class RenderProcess:
     """Renders one model's chat template; any thread may call it, and waits for those before it.
 
-    Raises SettingsError where the source is no template.
+    Raises SettingsError where a source is no template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], cpu_limit_s: float = CPU_LIMIT_S) -> None:
-        check_template(source)
-        first = {"source": source, "special_tokens": dict(special_tokens)}
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        cpu_limit_s: float = CPU_LIMIT_S,
+        *,
+        tools_source: str = "",
+    ) -> None:
+        """`tools_source`: of chats with tools, where they have another template."""
+        for each in (source, tools_source):
+            check_template(each)
+        first = {"source": source, "tools_source": tools_source, "special_tokens": dict(special_tokens)}
         self._process = BoundedProcess(__name__, first, SUBJECT, cpu_limit_s)
 
     def start(self) -> None:
@@ -50,9 +59,12 @@ class RenderProcess:
 
 def _prepare(first: Mapping[str, Any]) -> Handler:
     template = ChatTemplate(first["source"], first["special_tokens"])
+    source = first["tools_source"]
+    with_tools = ChatTemplate(source, first["special_tokens"]) if source else template
 
     def render(request: Mapping[str, Any]) -> Reply:
-        text = template.render(request["messages"], RenderOptions(**request["options"]))
+        options = RenderOptions(**request["options"])
+        text = (with_tools if options.tools else template).render(request["messages"], options)
         if len(text) > MAX_TEXT_CHARS:
             raise BadRequest("the model's chat template makes too long a prompt of these messages", param="messages")
         return {"text": text}

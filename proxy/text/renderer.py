@@ -45,13 +45,14 @@ class TemplateTrial:
 
 
 class Renderer:
-    """Renders the conversations of one model; raises SettingsError where the source is no template."""
+    """Renders the conversations of one model; raises SettingsError where a source is no template."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], tools_source: str = "") -> None:
+        """`tools_source`: of chats with tools, where they have another template."""
         self.trial: TemplateTrial | None = None
         """None until a conversation has been rendered."""
-        self._process = RenderProcess(source, special_tokens)
-        self.variables = variables_of(source)
+        self._process = RenderProcess(source, special_tokens, tools_source=tools_source)
+        self.variables = variables_of(source) | variables_of(tools_source)
         """That the template knows."""
         self._thread = ThreadPoolExecutor(1, "render")
 

@@ -24,7 +24,7 @@ from baton.proxy.interface import AppSettings
 from baton.proxy.tenants.tenants import Tenants
 from baton.proxy.text.model_files import SamplingDefaults
 from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText
-from baton.proxy.text.template import ChatTemplate
+from baton.proxy.text.template import ChatTemplate, RenderOptions
 
 ONE = Tenants.one([]).of_key(b"")
 BESIDE = Path(__file__).resolve().parents[5] / "shared" / "data" / "tokenizers"
@@ -312,6 +312,13 @@ def test_sources_of_a_template(tmp_path: Path, demo_folder: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert ModelText(folder).render([]) == "named"
+    hermes = "{% for tool in tools %}<tool_call>{{ tool.function.name }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": "a", "tool_use": hermes}}))
+    text = ModelText(folder)
+    tools = ({"type": "function", "function": {"name": "look_up"}},)
+    assert text.render([]) == "a" and text.render([], RenderOptions(tools=tools)) == "<tool_call>look_up"
+    assert text.markup.has_calls and not text.ignores_tools
+    text.close()
     (folder / "chat_template.jinja").write_text("file")
     assert ModelText(folder).render([]) == "file"
     (given := tmp_path / "given.jinja").write_text("given")
