@@ -1,7 +1,7 @@
 """One model's chat template: its process, the conversations that wait for it, and what a trial says of the template.
 
-The trial renders short conversations before any other: with a tool, and with the switches of reasoning. Like all others
-it is bounded. Knows no tokens.
+The trial renders short conversations before any other: with a tool, and with the switches of reasoning; and with texts
+as lists of parts, where the template leaves out a plain one. Like all others it is bounded. Knows no tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.node.errors import BadRequest, BatonError, Overloaded
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 10.0
 """For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
-_QUESTION = ({"role": "user", "content": "Hi"},)
+_TEXT = "Hi, how are you?"
+_QUESTION = ({"role": "user", "content": _TEXT},)
 _TOOL = {
     "type": "function",
     "function": {"name": "look_up", "description": "Look up.", "parameters": {"type": "object", "properties": {}}},
@@ -38,6 +39,8 @@ class TemplateTrial:
     with_tool: str = ""
     with_reasoning: str = ""
     """Switched on."""
+    in_parts: bool = False
+    """It takes texts as lists of parts only."""
 
     @property
     def ignores_tools(self) -> bool:
@@ -64,7 +67,7 @@ class Renderer:
         """The prompt of a chat; BadRequest where the template does not accept it."""
         if self.trial is None:
             self.trial = self._try()
-        return self._process.render(messages, options)
+        return self._process.render(messages, replace(options, in_parts=self.trial.in_parts))
 
     async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
         """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
@@ -87,11 +90,16 @@ class Renderer:
         self.trial = self.trial or self._try()
 
     def _try(self) -> TemplateTrial:
-        plain = self._tried(NEXT_MESSAGE)
+        options, plain = NEXT_MESSAGE, self._tried(NEXT_MESSAGE)
+        if _TEXT not in plain:
+            in_parts = replace(NEXT_MESSAGE, in_parts=True)
+            if _TEXT in (found := self._tried(in_parts)):
+                options, plain = in_parts, found
         if not plain:  # it refuses short conversations, or fails on all of them
             return TemplateTrial()
-        switched = RenderOptions(variables=dict.fromkeys(SWITCHES, True))
-        return TemplateTrial(plain, self._tried(RenderOptions(tools=(_TOOL,))), self._tried(switched))
+        with_tool = self._tried(replace(options, tools=(_TOOL,)))
+        switched = self._tried(replace(options, variables=dict.fromkeys(SWITCHES, True)))
+        return TemplateTrial(plain, with_tool, switched, options.in_parts)
 
     def _tried(self, options: RenderOptions) -> str:
         try:

@@ -39,6 +39,8 @@ class RenderOptions:
     continue_final_message: bool = False
     """Leave the final message open, so that the answer continues it."""
     tools: Sequence[Any] = ()
+    in_parts: bool = False
+    """Give texts as lists of one part, for templates of models that see images."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
     effort: str = ""
@@ -95,6 +97,8 @@ class ChatTemplate:
         """The prompt's text; BadRequest where the template refuses these messages or fails on them."""
         known = [self._known(message) for message in messages]
         final = _mark_final(known) if options.continue_final_message else ""
+        if options.in_parts:
+            known = [_in_parts(message) for message in known]
         # A template is a program of the model's author: besides raise_exception it fails in any way on what it
         # did not expect, and for the client each of them means that these messages do not fit this model.
         try:
@@ -116,6 +120,11 @@ class ChatTemplate:
         if self._knows_developer or message.get("role") != _DEVELOPER:
             return dict(message)
         return {**message, "role": "system"}
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _mark_final(messages: Sequence[dict[str, Any]]) -> str:

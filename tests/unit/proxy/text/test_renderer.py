@@ -13,6 +13,7 @@ from baton.node.errors import BadRequest
 from baton.proxy.formats.markup import Thinking
 from baton.proxy.text.model_text import ModelText
 from baton.proxy.text.renderer import Renderer
+from baton.proxy.text.template import RenderOptions
 
 QUESTION = [{"role": "user", "content": "x"}]
 TURNS = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -48,6 +49,18 @@ def test_tools_are_shown_or_not(made: list[Renderer], template: str, ignores: bo
     except BadRequest:
         assert not ignores
     assert made[0].trial is not None and made[0].trial.ignores_tools is ignores
+
+
+def test_a_template_of_parts_gets_texts_as_parts(made: list[Renderer]) -> None:
+    """Guards against a prompt without the client's words: templates of models that see images loop over parts."""
+    parts = "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}"
+    made.append(Renderer("{% for m in messages %}" + parts + "{% if not loop.last %}|{% endif %}{% endfor %}!", {}))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}]
+    assert made[0].render(turns) == "Hi|I am!"
+    assert made[0].render(turns, RenderOptions(continue_final_message=True)) == "Hi|I am"
+    either = "{{ m.content if m.content is string else 'parts' }}"
+    made.append(Renderer("{% for m in messages %}" + either + "{% endfor %}", {}))
+    assert made[1].render(turns[:1]) == "Hi"
 
 
 def test_a_trial_that_does_not_end_is_cut(made: list[Renderer]) -> None:
