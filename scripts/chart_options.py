@@ -20,9 +20,16 @@ from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.settings import OptionInfo
 from baton.prefill.settings import PrefillSettings
 from baton.proxy.settings import ProxySettings
+from baton.worker.stages.remote.settings import StageSettings
 
 SCHEMA = Path(__file__).resolve().parents[1] / "deploy" / "helm" / "baton" / "values.schema.json"
-NODES = {"proxy": ProxySettings, "prefill": PrefillSettings, "decode": DecodeSettings, "store": StoreSettings}
+NODES = {
+    "proxy": ProxySettings,
+    "prefill": PrefillSettings,
+    "stage": StageSettings,
+    "decode": DecodeSettings,
+    "store": StoreSettings,
+}
 SET_BY_THE_CHART = {
     *("model", "served_model_name", "device", "gpu", "log_level", "drain_s", "probe_port"),
     *(
@@ -39,6 +46,7 @@ SET_BY_THE_CHART = {
     ),
     *("host", "port", "proxies", "proxy_index", "group_folder"),
     *("api_key", "api_key_file", "tenants", "tls_cert", "tls_key"),
+    *("stages_bind", "first"),
     *("ram_gib", "disk_gib", "path", "slo_ttft_ms", "slo_tpot_ms", "mixed"),
 }
 _TYPES = {int: "integer", float: "number", str: "string", Path: "string", bool: "boolean"}

@@ -18,7 +18,7 @@ CHART = ROOT / "deploy" / "helm" / "baton"
 EXAMPLES = tuple(sorted(path.stem for path in (ROOT / "deploy" / "helm" / "values").glob("*.yaml")))
 RELEASE, NAMESPACE = "demo", "llm"
 FULLNAME = "demo-baton"
-WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Pod", "DisaggregatedSet")
+WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Pod", "DisaggregatedSet", "LeaderWorkerSet")
 
 Object = dict[str, Any]
 
@@ -92,6 +92,12 @@ def _pod_templates(objects: list[Object]) -> Iterator[Object]:
             yield {"metadata": each["metadata"], "spec": each["spec"]}
         elif each["kind"] == "DisaggregatedSet":
             for role in each["spec"]["roles"]:
-                yield role["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+                yield from _pods_of_group(role["spec"]["leaderWorkerTemplate"])
+        elif each["kind"] == "LeaderWorkerSet":
+            yield from _pods_of_group(each["spec"]["leaderWorkerTemplate"])
         else:
             yield each["spec"]["template"]
+
+
+def _pods_of_group(group: Object) -> Iterator[Object]:
+    return (group[name] for name in ("leaderTemplate", "workerTemplate") if name in group)

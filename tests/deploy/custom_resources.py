@@ -1,8 +1,8 @@
 """Schemas of the objects beyond Kubernetes' own that the chart makes: closed, and with the fields that it uses only.
 
 The packages of their validators check types, but let unknown names pass, which an API server drops without a word. Of
-DisaggregatedSet (kubernetes-sigs/lws) and InferencePool (gateway-api-inference-extension) there is no package at all.
-Written from the reference of each API.
+DisaggregatedSet and LeaderWorkerSet (kubernetes-sigs/lws), and of InferencePool (gateway-api-inference-extension), no
+package is there. Written from the reference of each API.
 """
 
 from __future__ import annotations
@@ -43,19 +43,22 @@ _RULE = closed(
     **{"alert": TEXT, "expr": TEXT, "for": TEXT, "labels": TEXTS, "annotations": TEXTS},
 )
 _BACKEND = closed(("name",), group=TEXT, kind=TEXT, name=TEXT, port=PORT)
-_ROLE = closed(
-    ("name", "spec"),
-    name=one_of("prefill", "decode"),
-    spec=closed(
-        ("replicas", "leaderWorkerTemplate"),
-        replicas=COUNT,
-        rolloutStrategy=closed(
-            type=one_of("RollingUpdate"), rollingUpdateConfiguration=closed(maxSurge=COUNT, maxUnavailable=COUNT)
-        ),
-        # The pod template is checked as one of Kubernetes' own.
-        leaderWorkerTemplate=closed(("size", "workerTemplate"), size=COUNT, workerTemplate=ANYTHING),
+_GROUPS = closed(
+    ("leaderWorkerTemplate",),
+    replicas=COUNT,
+    rolloutStrategy=closed(
+        type=one_of("RollingUpdate"), rollingUpdateConfiguration=closed(maxSurge=COUNT, maxUnavailable=COUNT)
+    ),
+    # The pod templates are checked as Kubernetes' own.
+    leaderWorkerTemplate=closed(
+        ("size", "workerTemplate"),
+        size=COUNT,
+        restartPolicy=one_of("None", "RecreateGroupOnPodRestart"),
+        leaderTemplate=ANYTHING,
+        workerTemplate=ANYTHING,
     ),
 )
+_ROLE = closed(("name", "spec"), name=one_of("prefill", "decode"), spec={**_GROUPS, "required": ["replicas"]})
 
 SCHEMAS: dict[tuple[str, str], Schema] = {
     ("keda.sh/v1alpha1", "ScaledObject"): _object(
@@ -136,6 +139,7 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
             ),
         )
     ),
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): _object(_GROUPS),
     ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): _object(
         closed(("roles",), roles={**several(_ROLE, at_least=2), "maxItems": 10})
     ),

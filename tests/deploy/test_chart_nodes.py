@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from baton.tests.deploy.chart import (
 
 pytestmark = pytest.mark.deploy
 
+LEADER = "demo-baton-prefill-1.demo-baton-prefill.llm"
 AFTER_DRAIN_S = 20
 """What a node takes beyond its drain, and some more: SIGKILL must never cut a drain short."""
 
@@ -38,7 +40,8 @@ def nodes_of(example: str) -> list[tuple[str, Object]]:
 def settings_of(component: str, template: Object) -> Any:
     """The node's settings, out of the arguments of its container; ends the process where they are wrong."""
     given = container(template)["args"]
-    arguments = [each.replace("$(POD_IP)", "10.1.2.3").replace("$(POD_NAME)", "pod-1") for each in given]
+    variables = {"$(POD_IP)": "10.1.2.3", "$(POD_NAME)": "pod-1", "$(LWS_LEADER_ADDRESS)": LEADER}
+    arguments = [reduce(lambda text, each: text.replace(*each), variables.items(), argument) for argument in given]
     return parse(NODES[program_of(component)], arguments, "baton", "", environ={})
 
 
@@ -101,7 +104,7 @@ def test_workers_know_every_proxy_by_a_name_that_exists(example: str) -> None:
         for index in range(proxies["spec"]["replicas"])
     )
     for component, template in nodes_of(example):
-        if component != "proxy":
+        if component not in ("proxy", "stage"):
             assert settings_of(component, template).proxy == wanted
 
 
@@ -118,12 +121,31 @@ def test_workers_use_the_store_of_their_node() -> None:
     assert not any("hostPID" in each["spec"] for each in pod_templates(render("gpu")).values())
 
 
+@pytest.mark.parametrize("settings", [("stages",), ("disaggregatedset", "prefill.stages=3")], ids=lambda each: each[0])
+def test_stages_join_the_first_one_of_their_group(settings: tuple[str, ...]) -> None:
+    """Guards against a group of another size than its worker waits for, and an address at which no worker listens."""
+    objects = render(*settings)
+    pods = pod_templates(objects)
+    worker, stage = (settings_of(component, pods[component]) for component in ("prefill", "stage"))
+    (found,) = of_kind(objects, "LeaderWorkerSet") or of_kind(objects, "DisaggregatedSet")
+    roles = found["spec"].get("roles") or [{"spec": found["spec"]}]
+    groups = [each["spec"]["leaderWorkerTemplate"] for each in roles]
+    assert groups[0]["size"] == worker.pp == 3 and all(each["size"] == 1 for each in groups[1:])
+    assert "leaderTemplate" in groups[0] and groups[0]["restartPolicy"] == "None"
+    assert stage.first == f"tcp://{LEADER}:{port_of(worker.stages_bind)}"
+    assert stage.model == worker.model
+    assert "stage" not in pod_templates(render("demo")) and not options(pod_templates(render("demo"))["prefill"]).get(
+        "--pp"
+    )
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_kubernetes_waits_for_drains(example: str) -> None:
     """Guards against SIGKILL in the middle of a drain, which breaks the requests that it waits for."""
     for component, template in nodes_of(example):
         before_s = container(template).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-        drain_s = 0 if component == "store" else settings_of(component, template).drain_s
+        drains = "prefill" if component == "stage" else component  # SIGTERM to a stage drains its worker
+        drain_s = 0 if component == "store" else settings_of(drains, pod_templates(render(example))[drains]).drain_s
         assert template["spec"]["terminationGracePeriodSeconds"] >= before_s + drain_s + AFTER_DRAIN_S
         assert bool(before_s) == (component == "proxy")  # a worker tells the proxies before anything else
 

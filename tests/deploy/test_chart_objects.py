@@ -42,13 +42,17 @@ def test_budgets_never_stop_a_node_from_being_drained(settings: tuple[str, ...],
     assert all(each["spec"]["maxUnavailable"] == 1 for each in found)
 
 
-@pytest.mark.parametrize(("example", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")])
+@pytest.mark.parametrize(
+    ("example", "kind"),
+    [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler"), ("stages", "ScaledObject")],
+)
 def test_autoscalers_own_the_replicas(example: str, kind: str) -> None:
     """Guards against an upgrade that sets back what an autoscaler has set, and one that scales what does not exist."""
     objects = render(example)
-    workers = {each["metadata"]["name"]: each for each in of_kind(objects, "Deployment")}
+    workers = {each["metadata"]["name"]: each for each in of_kind(objects, "Deployment", "LeaderWorkerSet")}
     scalers = of_kind(objects, kind)
-    assert {each["spec"]["scaleTargetRef"]["name"] for each in scalers} == set(workers)
+    targets = {each["spec"]["scaleTargetRef"]["name"]: each["spec"]["scaleTargetRef"] for each in scalers}
+    assert {name: each["kind"] for name, each in targets.items()} == {name: workers[name]["kind"] for name in workers}
     assert not any("replicas" in each["spec"] for each in workers.values())
     assert of_kind(objects, "StatefulSet")[0]["spec"]["replicas"] == 2
     assert all("replicas" in each["spec"] for each in of_kind(render("gpu"), "Deployment"))

@@ -1,4 +1,4 @@
-"""The command lines that the chart renders serve the demo model, as three processes of this machine.
+"""The command lines that the chart renders serve the demo model, as processes of this machine.
 
 No kubelet is there to start them as pods, so this stands in for it: files of Secrets, environment variables in
 arguments, names of Services, probes, SIGTERM. The other tests of the chart compare text with text.
@@ -66,6 +66,7 @@ class Host:
     folder: Path
     http_port: int = field(default_factory=free_port)
     control_port: int = field(default_factory=free_port)
+    stages_port: int = field(default_factory=free_port)
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def start(self, component: str) -> None:
@@ -75,6 +76,8 @@ class Host:
         replaced = {
             "/etc/baton": str(self.folder),
             "$(POD_NAME)": f"{component}-0",
+            "$(LWS_LEADER_ADDRESS):5572": f"127.0.0.1:{self.stages_port}",
+            "$(POD_IP):5572": f"127.0.0.1:{self.stages_port}",
             f"{FULLNAME}-proxy-0.{FULLNAME}-proxy.llm.svc:5570": f"127.0.0.1:{self.control_port}",
             "$(POD_IP):5570": f"127.0.0.1:{self.control_port}",
             "$(POD_IP)": "127.0.0.1",
@@ -107,10 +110,10 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    settings = ("apiKeys.enabled=true", "prefill.options.threads=1", "decode.options.threads=1")
-    host = Host(render("demo", *settings), tmp_path_factory.mktemp("pods"))
+    threads = (f"{component}.options.threads=1" for component in ("prefill", "stage", "decode"))
+    host = Host(render("demo", "apiKeys.enabled=true", "prefill.stages=2", *threads), tmp_path_factory.mktemp("pods"))
     try:
-        for component in ("proxy", "prefill", "decode"):
+        for component in ("proxy", "prefill", "stage", "decode"):
             host.start(component)
         for node in host.nodes.values():
             node.wait_ready()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.deploy
 KUBERNETES = ("1.30", "1.36")
 """The oldest that the chart admits, and a new one."""
 
-NEEDS_NO_PACKAGE = ("DisaggregatedSet", "InferencePool")
+NEEDS_NO_PACKAGE = ("DisaggregatedSet", "LeaderWorkerSet", "InferencePool")
 
 
 def custom(each: Object) -> bool:
@@ -71,10 +71,18 @@ def test_kubernetes_takes_each_object(example: str) -> None:
         validate(each)
 
 
-def test_pods_in_custom_resources_are_pods() -> None:
-    """Guards against an error in the pod templates of a DisaggregatedSet, which its own schema leaves open."""
-    found = pod_templates(of_kind(render("disaggregatedset"), "DisaggregatedSet"))
-    assert set(found) == {"prefill", "decode"}
+@pytest.mark.parametrize(
+    ("settings", "kind", "components"),
+    [
+        (("disaggregatedset",), "DisaggregatedSet", {"prefill", "decode"}),
+        (("disaggregatedset", "prefill.stages=2"), "DisaggregatedSet", {"prefill", "stage", "decode"}),
+        (("stages",), "LeaderWorkerSet", {"prefill", "stage"}),
+    ],
+)
+def test_pods_in_custom_resources_are_pods(settings: tuple[str, ...], kind: str, components: set[str]) -> None:
+    """Guards against an error in the pod templates of a group, which its own schema leaves open."""
+    found = pod_templates(of_kind(render(*settings), kind))
+    assert set(found) == components
     for template in found.values():
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "p"}, "template": template}
         validate(pod)

@@ -59,6 +59,9 @@ def test_errors_are_refused(setting: str) -> None:
         ("autoscaling.enabled=true,autoscaling.decode.minReplicas=9", "more than maxReplicas"),
         ("workload=disaggregatedset,prefill.replicas=0", "0 replicas for both roles"),
         ("workload=disaggregatedset,roles=adaptive", "needs roles: fixed"),
+        ("prefill.stages=2,device=cuda", "prefill.stages needs device: cpu"),
+        ("prefill.stages=2,roles=adaptive", "prefill.stages needs roles: fixed"),
+        ("prefill.stages=2,prefill.options.pp=2", "prefill.stages sets prefill.options.pp"),
         ("gateway.enabled=true", "needs gateway.parentRefs"),
         (
             "gateway.enabled=true,gateway.parentRefs[0].name=g,gateway.inferencePool.enabled=true",

@@ -14,6 +14,15 @@ Every proxy exports the series of all workers, so each worker is counted once; o
 {{- end }}
 {{- end -}}
 
+{{/* The kind of object that a role's workers are. */}}
+{{- define "baton.scaled" -}}
+{{- if gt (include "baton.stages" . | int) 1 -}}
+apiVersion: leaderworkerset.x-k8s.io/v1, kind: LeaderWorkerSet
+{{- else -}}
+apiVersion: apps/v1, kind: Deployment
+{{- end -}}
+{{- end -}}
+
 {{- define "baton.signal" }}
 {{- $matchers := list -}}
 {{- range $name, $value := .labels }}{{ $matchers = append $matchers (printf "%s=%q" $name $value) }}{{ end }}

@@ -1,3 +1,38 @@
+{{/* Pods of a worker: only those of prefill may be several. */}}
+{{- define "baton.stages" -}}
+{{- ternary (int .root.Values.prefill.stages) 1 (eq .component "prefill") -}}
+{{- end -}}
+
+{{/* A group of LeaderWorkerSet: a worker, and the stages behind the first, which come back by themselves. */}}
+{{- define "baton.group" -}}
+{{- $stages := include "baton.stages" . | int -}}
+size: {{ $stages }}
+{{- if gt $stages 1 }}
+{{- if eq .root.Values.device "cuda" }}
+{{- fail "prefill.stages needs device: cpu" }}
+{{- end }}
+{{- if hasKey .root.Values.prefill.options "pp" }}
+{{- fail "prefill.stages sets prefill.options.pp: leave one of them out" }}
+{{- end }}
+restartPolicy: None
+leaderTemplate:
+  {{- include "baton.worker" . | nindent 2 }}
+workerTemplate:
+  {{- include "baton.stage" (dict "root" .root "component" "stage") | nindent 2 }}
+{{- else }}
+workerTemplate:
+  {{- include "baton.worker" . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* How groups are updated. The context is a role's values. */}}
+{{- define "baton.groupRollout" -}}
+type: RollingUpdate
+rollingUpdateConfiguration:
+  maxSurge: {{ ternary 1 0 (eq .rollout "surge") }}
+  maxUnavailable: {{ ternary 0 1 (eq .rollout "surge") }}
+{{- end -}}
+
 {{/* The pod template of a worker. The context is a dict: root, component (prefill, decode or mixed). */}}
 
 {{- define "baton.worker" -}}
@@ -25,6 +60,10 @@ spec:
         - {{ printf "--revision=%s" (include "baton.revision" .root) | quote }}
         - --device={{ $values.device }}
         - "--bind=tcp://{{ include "baton.podAddress" .root }}:0"
+        {{- if gt (include "baton.stages" . | int) 1 }}
+        - --pp={{ include "baton.stages" . }}
+        - "--stages-bind=tcp://{{ include "baton.podAddress" .root }}:5572"
+        {{- end }}
         - --probe-port=8080
         - --secret-file=/etc/baton/cluster/secret
         - --drain-s={{ $role.drainSeconds }}
@@ -44,6 +83,9 @@ spec:
         {{- end }}
       ports:
         - { name: probe, containerPort: 8080 }
+        {{- if gt (include "baton.stages" . | int) 1 }}
+        - { name: stages, containerPort: 5572 }
+        {{- end }}
       {{- include "baton.probes" . | nindent 6 }}
       resources:
         {{- $resources := deepCopy $role.resources }}
