@@ -15,6 +15,7 @@ from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, fastest
 from baton.kernels.triton.prefill_attention import block_m
 from baton.models.cuda.products import Products, invariant
+from baton.models.cuda.products.dense import DenseProducts
 from baton.tests.unit.kernels import kernel_checks as checks
 
 pytestmark = pytest.mark.gpu
@@ -120,7 +121,7 @@ def test_hopper_gated_product(rows, n, k):
 @pytest.mark.parametrize("rows", [1023, 1024])
 def test_many_rows_use_the_gluon_kernel(rows):
     """Guards the choice by the table, and equality with the cuBLAS result."""
-    products = Products(fastest, rows, (GATE_UP_8B,), BF16, GPU)
+    products = DenseProducts(fastest, rows, (GATE_UP_8B,), BF16, GPU)
     asked, by_gluon = [], products._by_gluon
     products._by_gluon = by_gluon and (lambda *args: asked.append(args) or by_gluon(*args))
     x, weight = checks.randn((rows, 4096), BF16, GPU), checks.randn((28672, 4096), BF16, GPU, 1) / 64

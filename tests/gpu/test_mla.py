@@ -27,7 +27,7 @@ from baton.models.partition import WHOLE
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.tests.unit.kernels import latent_checks as checks
-from baton.tests.unit.kernels.kernel_checks import error
+from baton.tests.unit.kernels.kernel_checks import error, randn
 from baton.tests.unit.models.conftest import kv_pool
 from baton.worker.kv_layout import layout_of
 
@@ -70,13 +70,13 @@ def test_prompts(shape, block_tokens, slice_tokens):
 def test_bits_depend_on_neither_batch_nor_chunks():
     """Guards against a row whose bits change with what else is in the step: --deterministic rests on this."""
     step = checks.Step.make(GPU, BF16, LITE, [700], 64)
-    query = checks.randn((1, LITE.heads, 192), BF16, GPU)
+    query = randn((1, LITE.heads, 192), BF16, GPU)
     out = checks.decode(step, LITE, query, fixed_plan(1, 1, 700, 132, 64))
     tables = torch.nn.functional.pad(step.tables, (0, 8)).repeat(40, 1)
     lengths = torch.tensor([1 + 17 * row for row in range(39)] + [700], dtype=torch.int32, device=GPU)
     among = checks.Step(step.pool, tables, lengths, step.kv_up)
     assert torch.equal(checks.decode(among, LITE, query.repeat(40, 1, 1), fixed_plan(40, 1, 700, 132, 64))[39], out[0])
-    query = checks.randn((700, LITE.heads, 192), BF16, GPU)
+    query = randn((700, LITE.heads, 192), BF16, GPU)
     whole = checks.prefill(step, LITE, query, [700], 8192)
     last = checks.prefill(step, LITE, query[-100:].contiguous(), [100], 512)
     assert torch.equal(whole[-100:], last)

@@ -37,6 +37,7 @@ def test_weights_are_those_of_the_cpu(name: str, dtype: torch.dtype) -> None:
     config = ModelConfig.from_folder(CHECKPOINTS / name)
     cpu, gpu = (load_weights(config, CHECKPOINTS / name, dtype, device, pack=False) for device in ("cpu", "cuda:0"))
     for ours, theirs in zip(gpu.layers[0].linears, cpu.layers[0].linears, strict=True):
+        assert isinstance(ours, DenseLinear) and isinstance(theirs, DenseLinear)
         assert torch.equal(ours.weight.cpu(), theirs.weight)
 
 
@@ -66,8 +67,9 @@ def test_a_gpu_quantises_as_the_cpu_does(name: str) -> None:
     than by tensors, and its type of FP8 rounds by itself."""
     recipe, weight = RECIPES[name], torch.randn(384, 896, generator=torch.Generator().manual_seed(0))
     weight[5], weight[6] = 0.0, weight[6] * 1e-4
+    outputs, inputs = weight.shape
     cpu, gpu = (
-        quantise(recipe, *weight.shape, device, lambda part, device=device: weight[part.start : part.stop].to(device))
+        quantise(recipe, outputs, inputs, device, lambda part, device=device: weight[part.start : part.stop].to(device))
         for device in ("cpu", "cuda:0")
     )
     assert torch.equal(gpu.codes.view(torch.uint8).cpu(), cpu.codes.view(torch.uint8))

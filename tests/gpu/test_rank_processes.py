@@ -29,7 +29,7 @@ TWO_GPUS = torch.cuda.is_available() and torch.cuda.device_count() > 1
 MAX_TOKENS = 24
 WORKER = ("--dtype=float32", "--max-num-seqs=16", "--num-blocks=300", "--max-model-len=1024", "--plane=cuda_ipc")
 PROMPTS = [random_ids(length, number) for number, length in enumerate((3, 64, 65, 200, 333, 500, 128, 17))]
-SPECS = [
+SPECS: list[dict[str, float]] = [
     {"temperature": 0},
     {"temperature": 0.8},
     {"temperature": 0.9, "top_p": 0.9, "frequency_penalty": 0.5, "logprobs": 2},

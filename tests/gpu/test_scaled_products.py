@@ -111,9 +111,8 @@ def gluon():
         pytest.skip("needs Hopper and a Triton whose Gluon is known")
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
 
-    def product(*operands: object, **options: bool) -> None:
-        *before, out = operands
-        linear_8bit_gluon(*before, num_sms, out, **options)
+    def product(x, codes, scales, bias, tiles, out, **options: bool) -> None:
+        linear_8bit_gluon(x, codes, scales, bias, tiles, num_sms, out, **options)
 
     return product
 
