@@ -11,6 +11,7 @@ from baton.proxy.formats.markup import THINK, THINK_BRACKETS, ReasoningMarkers
 from baton.proxy.formats.tables import (
     DEEPSEEK_V3,
     DEEPSEEK_V31,
+    HARMONY,
     HERMES,
     LLAMA3_JSON,
     MISTRAL,
@@ -20,7 +21,7 @@ from baton.proxy.formats.tables import (
     CallFormat,
 )
 
-_OF_OTHER_FORMATS = ("<arg_key>", "<|tool_calls_section_begin|>", "<|channel|>", "｜DSML｜")
+_OF_OTHER_FORMATS = ("<arg_key>", "<|tool_calls_section_begin|>", "｜DSML｜")
 """Parts of templates whose formats have no table yet, though some have markers of one that has."""
 _PYTHON_EXAMPLE = ("[func_name1(", "<|python_start|>")
 
@@ -29,6 +30,8 @@ def detect_calls(template: str, added_tokens: Collection[str]) -> CallFormat | N
     """None where the template knows no tools, or the format has no table; `added_tokens`: their texts."""
     if "tools" not in template or any(part in template for part in _OF_OTHER_FORMATS):
         return None
+    if "<|channel|>" in template:
+        return HARMONY if "<|message|>" in template else None
     if "<function=" in template:
         return QWEN3_XML
     if "<tool_call>" in template:

@@ -58,6 +58,7 @@ ENVELOPES: Mapping[str, Envelope] = {
     "deepseek_v3": Envelope(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", "\n", *_DEEPSEEK
     ),
+    "harmony": Envelope("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
     "deepseek_v31": Envelope("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "", *_DEEPSEEK),
 }
 """By the name of the format."""

@@ -7,6 +7,7 @@ No part of the text is read twice; what is held back is bounded. Knows no tokeni
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,15 @@ from baton.proxy.formats.markup import Markup, Thinking
 from baton.proxy.formats.parameters import ParameterWriter
 from baton.proxy.formats.prose import ProseWriter
 from baton.proxy.formats.python_reader import PythonReader
-from baton.proxy.formats.tables import BLANK, CONTENT, FormatState, Reads
+from baton.proxy.formats.tables import ANALYSIS, ARGUMENTS, BLANK, CONTENT, FormatState, Reads
 
 MAX_PIECE_CHARS = 512
 """Text is read in pieces of at most this, so that a search for a marker that is not there stays short."""
 MAX_NAME_CHARS = 256
+MAX_HEADER_CHARS = 512
 MAX_REGION_CHARS = 1 << 18
 """A longer text whose function has no name yet is content."""
+_RECIPIENT = re.compile(r"(?:^functions\.|\bto=(?:functions\.)?)([A-Za-z0-9_.\-]+)")
 _PROSE = frozenset((Reads.CONTENT, Reads.REASONING))
 
 
@@ -75,6 +78,7 @@ class FormatMachine:
             Reads.CALL: self._read_structure,
             Reads.ARGUMENTS: self._read_structure,
             Reads.PYTHON: self._read_structure,
+            Reads.CHANNEL: self._read_channel,
         }
         self._go(markup.first_state(thinking))
         if self._row.reads is Reads.REASONING:
@@ -188,7 +192,7 @@ class FormatMachine:
     def _stray(self, marker: str) -> None:
         """A marker that means nothing here: dropped, but part of a text that is no call after all."""
         markers = self._markup.reasoning
-        if self._row.reads is Reads.REASONING:
+        if self._row.reads is Reads.REASONING and not self._markup.format.has_channels:
             if markers is None or marker != markers.start:
                 self._prose.reasoning(marker)
         elif self._rejected:
@@ -275,6 +279,9 @@ class FormatMachine:
         if self._in_prose or (self._markup.reasoning is not None and marker == self._markup.reasoning.start):
             self._leave_prose(marker, to)
             return
+        if row.reads is Reads.CHANNEL:
+            self._take_header(marker, to)
+            return
         if row.reads is Reads.NAME and not self._begin_named(marker):
             return
         if row.reads is Reads.KEY:
@@ -309,6 +316,23 @@ class FormatMachine:
             self._hold(marker)
         self._go(to)
 
+    def _take_header(self, marker: str, to: str) -> None:
+        """A marker in a header, or behind it: then the part that it describes begins."""
+        header = self._name
+        if to != CONTENT:
+            self._name += marker
+            return
+        recipient = _RECIPIENT.search(header)
+        if recipient is not None and self.begin(recipient[1]):
+            self._go(ARGUMENTS)
+            return
+        if recipient is not None:
+            self._calls.reject(header)
+        elif header.rpartition("<|channel|>")[2].split()[:1] == [ANALYSIS]:
+            self._prose.begin_reasoning()
+            to = ANALYSIS
+        self._go(to)
+
     def _leave_gap(self) -> None:
         """To the state behind a gap; what it skipped is content if a call was expected and has not begun."""
         to = self._row.then
@@ -336,7 +360,7 @@ class FormatMachine:
             self._prose.content(held)
 
     def _hold(self, text: str) -> None:
-        if self._pending:
+        if self._pending and not self._markup.format.has_channels:
             self._held.append(text)
             self._held_chars += len(text)
 
@@ -401,6 +425,13 @@ class FormatMachine:
 
     def _read_header(self, text: str, start: int, end: int) -> int:
         self._hold(text[start:end])
+        return end
+
+    def _read_channel(self, text: str, start: int, end: int) -> int:
+        end = min(end, start + max(0, MAX_HEADER_CHARS - len(self._name)))
+        self._name += text[start:end]
+        if end == start:
+            self._fail()
         return end
 
     def _read_name(self, text: str, start: int, end: int) -> int:

@@ -12,6 +12,8 @@ from enum import Enum, auto
 
 CONTENT = "content"
 """The state outside calls that all formats have; a region that proves to be no call ends there, as content."""
+ANALYSIS, ARGUMENTS = "analysis", "arguments"
+"""States that a header leads to, besides content."""
 BLANK = " \t\r\n"
 
 
@@ -36,6 +38,8 @@ class Reads(Enum):
     """The value of that parameter as raw text, up to a marker. Markers that are tokens are text here, too."""
     PYTHON = auto()
     """Keyword arguments of a Python call, to its closing parenthesis."""
+    CHANNEL = auto()
+    """The header of a part of the answer, up to the marker that leads to `content`: it says what the part is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class CallFormat:
     """Length of the ids of calls where they are letters and digits only; 0: OpenAI's form."""
     one_call: bool = False
     """Templates of these models take one call a message."""
+    has_channels: bool = False
+    """All of an answer is parts with headers, of which none is ever content."""
 
 
 PLAIN = CallFormat("", {CONTENT: FormatState(Reads.CONTENT)})
@@ -207,7 +213,30 @@ DEEPSEEK_V31 = _deepseek(
     "deepseek_v31", "name", BLANK, {"name": FormatState(Reads.NAME, {_SEP: "arguments"}, opens=True)}
 )
 
+_PART = {"<|channel|>": "header", "<|start|>": "header"}
+"""Markers that begin the header of a part."""
+_PART_END = {"<|end|>": "between", "<|call|>": "between", "<|return|>": "between"}
+
+HARMONY = CallFormat(
+    "harmony",
+    {
+        "first": FormatState(Reads.GAP, {**_PART, "to=": "header"}),  # the prompt ends with a header's beginning
+        "header": FormatState(
+            Reads.CHANNEL, {"<|message|>": CONTENT, "<|channel|>": "header", "<|constrain|>": "header"}
+        ),
+        CONTENT: FormatState(Reads.CONTENT, {**_PART, **_PART_END}),
+        ANALYSIS: FormatState(Reads.REASONING, {**_PART, **_PART_END}),
+        ARGUMENTS: FormatState(Reads.ARGUMENTS, {**_PART, **_PART_END}, then="between", inside=True),
+        "between": FormatState(Reads.GAP, {**_PART, **_PART_END}),
+    },
+    start="first",
+    one_call=True,
+    has_channels=True,
+)
+"""gpt-oss: `<|channel|>` and a name, maybe a recipient, `<|message|>`, the part, and an end. Source: docs/format.md of
+github.com/openai/harmony."""
+
 FORMATS: Mapping[str, CallFormat] = {
     each.name: each
-    for each in (HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11, DEEPSEEK_V3, DEEPSEEK_V31)
+    for each in (HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11, DEEPSEEK_V3, DEEPSEEK_V31, HARMONY)
 }

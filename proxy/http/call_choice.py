@@ -22,6 +22,8 @@ def answer_grammar(tools: ToolRequest, content: GrammarRequest | None, markup: M
         return content
     if not (tools.forced or tools.narrowed or content is not None or any(tools.strict.values())):
         return None
+    if markup.format.has_channels and not tools.forced and content is None:
+        return None  # a part begins alike whatever it is, so that a grammar would make a call of each
     functions = [
         CallableFunction(name, schema, strict=bool(tools.strict[name])) for name, schema in tools.schemas.items()
     ]

@@ -307,7 +307,7 @@ def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usag
 def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, choice: Choice) -> FormatMachine | None:
     """What reads the answer of a chat; None where all of it is content."""
     markup, tools = model.text.markup, parsed.tools
-    if tools is None or not (tools.schemas or markup.has_reasoning):
+    if tools is None or not (tools.schemas or markup.has_reasoning or markup.has_channels):
         return None
     used = markup.with_calls if tools.schemas else markup.without_calls
     if tools.schemas and choice.generation.sampling.grammar is not None:

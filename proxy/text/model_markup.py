@@ -30,13 +30,17 @@ class ModelMarkup:
         reasoning_format: str = AUTO,
     ) -> None:
         """`added_tokens`: ids by text; formats are of TOOL_FORMATS and REASONING_FORMATS."""
-        calls = detect_calls(template, added_tokens) if tool_format == AUTO else FORMATS.get(tool_format)
+        found = detect_calls(template, added_tokens)
+        calls = found if tool_format == AUTO else FORMATS.get(tool_format)
         reasoning = (
             detect_reasoning(template, added_tokens) if reasoning_format == AUTO else REASONINGS.get(reasoning_format)
         )
         self.has_calls = calls is not None
         self.with_calls = make_markup(calls or PLAIN, reasoning, added_tokens)
-        self.without_calls = make_markup(PLAIN, reasoning, added_tokens)
+        written = calls or found or PLAIN
+        self.has_channels = written.has_channels
+        """All answers have to be read, also those without calls and reasoning."""
+        self.without_calls = make_markup(written if written.has_channels else PLAIN, reasoning, added_tokens)
         self.with_grammar = make_markup(replace(calls or PLAIN, ends_reasoning=frozenset()), reasoning, added_tokens)
         """Of answers whose form a grammar gives, which begins behind the end marker of reasoning only."""
         self.has_reasoning = reasoning is not None

@@ -124,7 +124,7 @@ def markers_of(name: str) -> list[str]:
 
 def token_ids(name: str) -> dict[str, int]:
     """Ids for the markers that models of this format have as tokens."""
-    textual = ("\n", "```", "</parameter", "<parameter", "</function", "<function")
+    textual = ("\n", "```", "</parameter", "<parameter", "</function", "<function", "to=")
     tokens = [marker for marker in markers_of(name) if not marker.startswith(textual)]
     return {marker: 1000 + place for place, marker in enumerate(tokens)}
 
@@ -180,6 +180,12 @@ def _deepseek(bodies: Iterable[str], between: str) -> str:
     return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
 
 
+def harmony(calls: Sequence[Call]) -> str:
+    head = "<|channel|>commentary to=functions."
+    written = (f"{name} <|constrain|>json<|message|>{json.dumps(arguments)}" for name, arguments in calls)
+    return head + f"<|call|><|start|>assistant{head}".join(written)
+
+
 RENDERERS: Mapping[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
     "hermes": ("hermes", hermes),
     "llama3_json": ("llama3_json", llama3_json),
@@ -189,5 +195,6 @@ RENDERERS: Mapping[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
     "mistral_v11": ("mistral", mistral_v11),
     "deepseek_v3": ("deepseek_v3", deepseek_v3),
     "deepseek_v31": ("deepseek_v31", deepseek_v31),
+    "harmony": ("harmony", harmony),
 }
 """How calls are written -> the format, and the function that writes."""

@@ -196,6 +196,33 @@ VECTORS = {
         "llama3_json", '<think>x</think>\n{"name": "f", "parameters": {}}', reasoning="x", calls=(call("{}"),)
     ),
     "reasoning, then a bare answer": V("llama3_json", "<think>x</think>\n\nA", "A", reasoning="x"),
+    "channels": V(
+        "harmony",
+        "<|channel|>analysis<|message|>Hm, <b>.<|end|><|start|>assistant<|channel|>final<|message|>Hi\n\nyou<|return|>",
+        "Hi\n\nyou", reasoning="Hm, <b>.",
+    ),
+    "a call behind reasoning": V(
+        "harmony",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+        '<|constrain|>json<|message|>{"s": "<|end|>"}<|call|>',
+        calls=(call('{"s": "<|end|>"}'),), reasoning="Hm",
+    ),
+    "the recipient first": V(
+        "harmony", ' to=functions.f<|channel|>commentary json<|message|>{"i": 1}<|call|>', calls=(call('{"i": 1}'),)
+    ),
+    "the recipient behind the role": V(
+        "harmony",
+        "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant to=functions.f<|channel|>commentary"
+        "<|message|>{}",
+        "Let me see.", calls=(call("{}"),),
+    ),
+    "a tool that is not declared": V("harmony", "<|channel|>commentary to=browser.open<|message|>{}<|call|>", "{}"),
+    "a header that is cut": V("harmony", "<|channel|>analysis<|message|>Hm<|end|><|start|>assist", reasoning="Hm"),
+    "no header": V("harmony", '{"a": "to=functions.f"}', '{"a": "to=functions.f"}'),
+    "a call of a channel that is cut": V(
+        "harmony", '<|channel|>commentary to=functions.f<|message|>{"s": "a<|call|>',
+        calls=(call('{"s": "a<|call|>', BROKEN),)
+    ),
 }  # fmt: skip
 
 

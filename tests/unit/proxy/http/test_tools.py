@@ -465,3 +465,28 @@ async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path, tmp
         answer = await client.post("/v1/chat/completions", json={**BODY, "tools": TOOLS})
     text.close()
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
+async def test_channels_are_read_also_without_tools(demo_folder: Path, tmp_path: Path) -> None:
+    """Guards gpt-oss's answers from headers in their text, and every answer from being made a call by `strict`."""
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    turns = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text("{{ tools }}" + turns + "{# <|channel|>final<|message|> #}")
+    text = ModelText(folder)
+    answers = Answers(text)
+    head = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>"
+    app = create_app(FakeEngine(answers.script), {"demo": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        answers.text = head + "final<|message|>Hello"
+        choice = await ask(client)
+        assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Hello")
+        answers.text = head + 'commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}'
+        for strict in (None, True):
+            choice = await ask(client, tools=[function("get_weather", {"type": "object"}, strict=strict)])
+            called = choice["message"]["tool_calls"][0]["function"]
+            assert called == {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+            assert choice["finish_reason"] == "tool_calls" and not answers.grammars[-1]
+        await ask(client, tools=TOOLS, tool_choice="required")
+        assert "functions." in answers.grammars[-1]
+    text.close()
