@@ -90,13 +90,12 @@ class Leaver:
         self._socket = socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=60)
         self._socket.sendall(head.encode() + payload)
 
-    def wait(self, events: int) -> None:
-        """Wait until this many events have arrived."""
+    def wait(self, events: int) -> bytes:
+        """Wait until this many events have arrived, or all there is; what arrived."""
         seen = b""
-        while seen.count(b"data: ") < events:
-            received = self._socket.recv(65536)
-            assert received, seen
+        while seen.count(b"data: ") < events and (received := self._socket.recv(65536)):
             seen += received
+        return seen
 
     def leave(self) -> None:
         self._socket.close()
@@ -327,7 +326,7 @@ class TestOneOfEachRole:
         before = sum(cluster.worker_values("generated_tokens_total").values())
         running = [Leaver(cluster, *request) for request in mixed(2, 1)]  # all rows of decode are taken
         for leaver in running:
-            leaver.wait(3)
+            assert leaver.wait(3).startswith(b"HTTP/1.1 200 ")
         waiting = Leaver(cluster, *mixed(1)[0])
         cluster.wait_until(lambda: cluster.queued() == 1, "a request that waits")
         waiting.leave()
@@ -344,11 +343,12 @@ class TestOneOfEachRole:
         moving = Leaver(cluster, *mixed(1, 12)[0], max_tokens=200)  # 75 steps of prefill
         wait_reserved(cluster)
         cluster.wait_until(
-            lambda: cluster.worker_values("steps_total")["prefill-0"] > steps + 35, "half of the prefill"
+            lambda: cluster.worker_values("steps_total")["prefill-0"] > steps + 60, "most of the prefill"
         )
         cluster.nodes.signal("decode-0", signal.SIGSTOP)  # for less than the two seconds after which it counts as dead
         try:
-            moving.wait(1)
+            begun = moving.wait(1)
+            assert begun.startswith(b"HTTP/1.1 200 ") or b"no decode worker" in begun  # on a machine slower than that
             moving.leave()
         finally:
             cluster.nodes.signal("decode-0", signal.SIGCONT)
