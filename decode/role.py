@@ -13,35 +13,31 @@ meanwhile are in it. What a step draws for a sequence that turns out to have end
 
 from __future__ import annotations
 
-import secrets
 from collections import defaultdict
 from itertools import takewhile
 
 from baton.decode.launch_timer import LaunchTimer
+from baton.decode.queues import Queues
+from baton.decode.reservations import Reservations
 from baton.decode.scheduler import DecodeLimits, Item, PlannedRow, plan
 from baton.decode.settings import DecodeSettings, DecodeSizes
+from baton.decode.speculation import Speculation
+from baton.decode.step_meter import StepMeter
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
-from baton.kvtransfer.protocol.receiver import Incoming
-from baton.models.batch import DeviceTime, Drawn
-from baton.models.drafts import MOST_ANSWER_TOKENS
+from baton.models.batch import Drawn
 from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed, Prefill, Reserve, Reserved, Tokens
-from baton.worker.draft_counts import DraftCounts
 from baton.worker.hand_over import HandOvers
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
-from baton.worker.past_answers import PastAnswers
 from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names, work_left
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed, grammar_broken, transfer_failed
-from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of, is_last
-
-SHORT_GAP_S = 50e-6
 
 
 class DecodeRole:
@@ -72,17 +68,14 @@ class DecodeRole:
             full_step_tokens=sizes.full_step_tokens,
         )
         self._spare_blocks = spare_blocks
-        self._most_drafts, self._draft_reach = most_drafts, draft_reach
-        self._draft_counts = DraftCounts()
-        self._past_answers = PastAnswers(MOST_ANSWER_TOKENS)
-        self._reserved: dict[bytes, Sequence] = {}  # by transfer id
-        self._waiting: list[Sequence] = []  # most senior first
-        self._running: list[Sequence] = []  # most senior first
-        self._free_slots = list(range(sizes.worker.max_num_seqs))
+        self._queues = Queues(self.sequences, sizes.worker.max_num_seqs)
+        self._reservations = Reservations(parts)
+        self._speculation = Speculation(most_drafts, draft_reach, parts.max_model_len, self.counters)
         self._timer = LaunchTimer()
-        self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
         most_tokens = max(sizes.max_chunk_tokens, sizes.full_step_tokens)
-        self._speed = PromptSpeed(min(sizes.worker.max_num_batched_tokens, most_tokens))
+        most_prompt_tokens = min(sizes.worker.max_num_batched_tokens, most_tokens)
+        self._meter = StepMeter(self.counters, parts.prefixes.gate, most_prompt_tokens)
+        self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
 
     @property
     def launch_at(self) -> float:
@@ -96,8 +89,9 @@ class DecodeRole:
     @property
     def steady(self) -> tuple[Sequence, ...]:
         """The running sequences, while all that the next step does is to draw a token for each; else none."""
-        alike = (each.num_expected - each.num_launched == 1 and not each.times.open for each in self._running)
-        return tuple(self._running) if not self._waiting and all(alike) else ()
+        running = self._queues.running
+        alike = (each.num_expected - each.num_launched == 1 and not each.times.open for each in running)
+        return tuple(running) if not self._queues.waiting and all(alike) else ()
 
     # -- requests and transfers
 
@@ -105,13 +99,13 @@ class DecodeRole:
         if isinstance(message, Prefill):
             return self._accept_prompt(sequence, message)
         leg = sequence.leg
-        if message.prefill and self._rows_taken() >= self._limits.max_num_seqs:
+        if message.prefill and len(self._reservations) + self._queues.num_promised >= self._limits.max_num_seqs:
             return busy(leg, "all rows are taken")
         if message.prefill and not self._reserve(sequence, message.prefill):
             return busy(leg, "too few free blocks")
         self.sequences[leg] = sequence
         if not message.prefill:
-            self._insert(self._waiting, sequence)
+            self._queues.wait(sequence)
             self._prompt_is_next = True
             self.counters.local_prefill_tokens += sequence.num_tokens
         self._count_prompt(sequence)
@@ -126,8 +120,7 @@ class DecodeRole:
             return failed(leg, "a decode worker hands nothing over", retryable=False)
         if self._hand_overs.has(leg):
             return None  # a replay of what is computed already
-        claimed = len(self._reserved) + sum(each.hands_over for each in (*self._running, *self._waiting))
-        if claimed >= self._limits.max_num_seqs:
+        if len(self._reservations) + self._queues.num_handing_over >= self._limits.max_num_seqs:
             return busy(leg, "all rows are taken")
         if sequence.hands_over:
             if not self._take_blocks(sequence):
@@ -135,14 +128,10 @@ class DecodeRole:
             sequence.cached_tokens = 0  # it is counted when the prompt begins
             self._hand_overs.open(sequence, message)
         self.sequences[leg] = sequence
-        self._insert(self._waiting, sequence)
+        self._queues.wait(sequence)
         self._prompt_is_next = True
         self._count_prompt(sequence)
         return None
-
-    def _rows_taken(self) -> int:
-        """Rows in use, and those that are promised."""
-        return len(self._running) + len(self._reserved) + sum(each.hands_over for each in self._waiting)
 
     def _count_prompt(self, sequence: Sequence) -> None:
         self.counters.prompt_tokens += sequence.num_tokens
@@ -154,9 +143,9 @@ class DecodeRole:
         before."""
         table = sequence.table
         cached_tokens = table.take_prefix(sequence.num_cacheable if sequence.hands_over else sequence.num_tokens)
-        spare = self._spare_blocks if self._running else 0
+        spare = self._spare_blocks if self._queues.running else 0
         lacking = table.blocks_lacking(sequence.num_tokens) + spare
-        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._waiting if not s.hands_over)
+        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._queues.waiting if not s.hands_over)
         if lacking + owed > self._parts.manager.num_available:
             table.release()
             return False
@@ -168,19 +157,7 @@ class DecodeRole:
         """Blocks for all that is known, or none; then the transfer may come."""
         if not self._take_blocks(sequence):
             return False
-        table = sequence.table
-        first_missing = sequence.cached_tokens // self._limits.block_tokens
-        incoming = Incoming(
-            transfer_id=secrets.token_bytes(16),
-            leg=sequence.leg,
-            peer=prefill,
-            first_block=first_missing,
-            blocks=tuple(table.blocks[first_missing:]),
-            deadline=sequence.deadline,
-        )
-        sequence.incoming = incoming
-        self._reserved[incoming.transfer_id] = sequence
-        self._parts.io.do(lambda exchange, now: exchange.open_receiver(incoming, now))
+        self._reservations.open(sequence, prefill)
         return True
 
     def cancel(self, link: str, message: Cancel) -> None:
@@ -193,19 +170,16 @@ class DecodeRole:
         del self.sequences[sequence.leg]
         self._parts.prefixes.drop(sequence.leg)
         if (incoming := sequence.incoming) is not None:
-            transfer_id = incoming.transfer_id
-            del self._reserved[transfer_id]
-            sequence.table.quarantine_from(incoming.first_block, transfer_id)
-            self._parts.io.do(lambda exchange, now: exchange.cancel_receiver(transfer_id, "cancelled", now))
+            self._reservations.cancel(sequence, incoming)
         elif sequence.hands_over:
-            self._leave(sequence)
+            self._queues.remove(sequence)
             self._hand_overs.give_up(sequence)
-        elif sequence in self._running:
+        elif sequence in self._queues.running:
             self._stop_running(sequence)
         else:
             sequence.table.release()
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
+            if sequence in self._queues.waiting:
+                self._queues.remove(sequence)
         if answer is not None:
             self._parts.io.send(sequence.link, answer)
 
@@ -224,11 +198,8 @@ class DecodeRole:
                 self._on_loaded(event)
 
     def _on_arrived(self, event: KvArrived) -> None:
-        sequence = self._reserved.pop(event.transfer_id, None)
-        if sequence is None:  # it was cancelled while the last bytes came: nothing writes any more
-            self._parts.manager.end_quarantine(event.transfer_id)
+        if (sequence := self._reservations.arrived(event)) is None:
             return
-        sequence.incoming = None
         sequence.times.arrive(event.at, event.wait_s, event.transfer_s)
         if event.token_id >= self._parts.runner.config.vocab_size:
             self.end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
@@ -242,9 +213,7 @@ class DecodeRole:
             self.end(sequence, grammar_broken(sequence.leg))
 
     def _on_receiver_ended(self, event: ReceiverEnded) -> None:
-        self._parts.manager.end_quarantine(event.transfer_id)
-        if (sequence := self._reserved.pop(event.transfer_id, None)) is not None:
-            sequence.incoming = None
+        if (sequence := self._reservations.ended(event)) is not None:
             leg = sequence.leg
             if event.cancelled:  # by prefill: its own answer, such as a finish at the first token, is on its way
                 self.end(sequence, Cancelled(request_id=leg.request_id, attempt=leg.attempt))
@@ -258,14 +227,14 @@ class DecodeRole:
         elif sequence.hands_over:  # before all was computed
             del self.sequences[event.leg]
             self._parts.prefixes.drop(event.leg)
-            self._leave(sequence)
+            self._queues.remove(sequence)
             self.steps.release(sequence)
             self._parts.io.send(sequence.link, transfer_failed(event.leg, event.reason))
 
     def _on_loaded(self, loaded: LoadedPrefix) -> None:
         """The store had more blocks of a prefix. A sequence that was preempted meanwhile has no use for them."""
         sequence = self.sequences.get(loaded.leg)
-        if sequence is None or sequence not in self._running:
+        if sequence is None or sequence not in self._queues.running:
             return
         num_tokens = self._parts.prefixes.take_in(sequence, loaded)
         self._prompt_is_next = True
@@ -279,16 +248,16 @@ class DecodeRole:
     def launch(self) -> bool:
         clock, prefixes = self._parts.clock, self._parts.prefixes
         planned_at = clock()
-        if not self._running and not self._waiting:
+        if not self._queues.running and not self._queues.waiting:
             return False
-        running, waiting = list(self._running), self._ready(planned_at)
+        running, waiting = list(self._queues.running), self._ready(planned_at)
         items = [self._item(sequence) for sequence in running]
         decision = plan(
             items,
             [self._waiting_item(sequence) for sequence in waiting],
             self._parts.manager.num_available,
             self._limits,
-            len(self._reserved),
+            len(self._reservations),
         )
         for index in decision.preempted:
             self._preempt(running[index])
@@ -305,7 +274,7 @@ class DecodeRole:
             self._hand_overs.begin_checksums(step)
             self._timer.launched(planned_at, clock(), step.behind, has_prompts)
             self.counters.steps += 1
-        self._prompt_is_next = (has_prompts or bool(admitted)) and any(map(self._has_chunks_left, self._running))
+        self._prompt_is_next = (has_prompts or bool(admitted)) and any(map(self._has_chunks_left, self._queues.running))
         return bool(batch or admitted or decision.preempted)
 
     def _has_chunks_left(self, sequence: Sequence) -> bool:
@@ -313,14 +282,14 @@ class DecodeRole:
 
     def _ready(self, now: float) -> list[Sequence]:
         """The waiting ones that may be admitted: of those with one prefix only the first, until it is computed."""
-        if not self._waiting:
+        if not self._queues.waiting:
             return []
         ready: list[Sequence] = []
         pending = PendingPrefixes(self._parts.manager)
-        for sequence in self._running:
+        for sequence in self._queues.running:
             pending.add(sequence)
         # A sequence that was preempted while a step drew its next token comes back after that token was read.
-        for sequence in takewhile(lambda each: not each.num_pending, self._waiting):
+        for sequence in takewhile(lambda each: not each.num_pending, self._queues.waiting):
             waits = sequence.awaits_grammar or sequence.awaits_adapter or pending.awaited_by(sequence)
             if not (waits or self._parts.prefixes.waits(sequence, now)):
                 ready.append(sequence)
@@ -337,20 +306,7 @@ class DecodeRole:
         )
         if over or sequence.awaits_grammar or sequence.awaits_adapter or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
-        drafts = self._drafts(sequence)
-        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks), *drafts)
-
-    def _drafts(self, sequence: Sequence) -> tuple[int, int, int]:
-        """Drafts in flight of a sequence, those that may follow its next token, and how far proposing reaches behind
-        them: none past its last token."""
-        if not self._most_drafts:
-            return 0, 0, 0
-        longest = min(self._parts.max_model_len, sequence.prompt_len + sequence.sampling.max_tokens)
-        in_flight = max(0, min(sequence.num_drafting, longest - 1 - sequence.num_launched))
-        allowed = sequence.speculates and (sequence.draft_record.allows() or sequence.has_forced)
-        left = max(0, longest - 1 - sequence.num_expected - in_flight)
-        most = min(self._most_drafts, left)
-        return in_flight, most * allowed, min(self._draft_reach, left - most)
+        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks), *self._speculation.drafts(sequence))
 
     def _waiting_item(self, sequence: Sequence) -> Item:
         """It has no block of its own yet, or all that it needs: a token that is handed over is stored elsewhere. What
@@ -372,31 +328,21 @@ class DecodeRole:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
             self.counters.prefix_hits_tokens += sequence.cached_tokens
             self.counters.prompt_tokens_gpu += sequence.cached_tokens
-        self._waiting.remove(sequence)
+        self._queues.remove(sequence)
         self._run(sequence)
         self._parts.prefixes.begin(sequence, self._parts.clock())
         return True
 
     def _run(self, sequence: Sequence) -> None:
         """Give a sequence a slot and let it run."""
-        if self._most_drafts and sequence.speculates:
-            sequence.past_answers = self._past_answers.similar(sequence.table.names(sequence.prompt_len))
-        sequence.slot = self._free_slots.pop()
-        self._insert(self._running, sequence)
+        self._speculation.begin(sequence)
+        self._queues.run(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
         """Its slot is free at once, since steps follow one another; its blocks may be filled by transfers, which do
         not."""
-        self._leave(sequence)
+        self._queues.remove(sequence)
         self.steps.release(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Take it out of the queue, or from its row; it keeps its blocks."""
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._free_slots.append(sequence.slot)
-        else:
-            self._waiting.remove(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -404,13 +350,15 @@ class DecodeRole:
         sequence.store_asked = False
         sequence.restart(0)
         sequence.preemption_epoch += 1
-        self._insert(self._waiting, sequence)
+        self._queues.wait(sequence)
         self.counters.preemptions += 1
 
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
         now, began_at, checksums = self._parts.clock(), step.began_at, step.read_checksums()
         live, prefixes = self.sequences, self._parts.prefixes
-        self._measure(step, now)
+        num_prompt_tokens = sum(part.length for part in step.parts if part.length > 1)
+        self._timer.ended(step.launched.device_time, now, num_prompt_tokens > 0)
+        self._meter.ended(step, num_prompt_tokens, now)
         bundles: dict[str, list[Tokens]] = defaultdict(list)
         for link, messages in step.prompt_logprobs(self.sequences):
             self._parts.io.send(link, *messages)
@@ -426,7 +374,7 @@ class DecodeRole:
                 sequence.advance(part.length, max(0, sequence.num_tokens - before - 1))
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
                 prefixes.write_behind(sequence)
-                if part.length > 1 and self._waiting:
+                if part.length > 1 and self._queues.waiting:
                     self._prompt_is_next = True  # one may have waited for this prefix
             if sequence.times.open:
                 sequence.times.begin(began_at)
@@ -444,9 +392,7 @@ class DecodeRole:
             bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
             if finish:
                 prefixes.used(sequence)
-                if self._most_drafts:
-                    answer = sequence.token_ids[sequence.prompt_len :]
-                    self._past_answers.add(sequence.table.names(sequence.prompt_len), answer)
+                self._speculation.finish(sequence)
                 self.end(sequence, None)
         for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
             self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))
@@ -457,7 +403,7 @@ class DecodeRole:
         if token is None:
             self._hand_overs.offer(sequence, checksums)
         elif self._hand_overs.complete(sequence, token, checksums):
-            self._leave(sequence)
+            self._queues.remove(sequence)
             del self.sequences[sequence.leg]
         else:
             self.end(sequence, grammar_broken(sequence.leg))
@@ -476,61 +422,19 @@ class DecodeRole:
         num_appended = sequence.num_tokens - before
         self.counters.generated_tokens += num_appended
         if drawn.num_drafts:
-            self._count_drafts(sequence, drawn, num_appended)
+            self._speculation.verified(sequence, drawn, num_appended)
         return finish
-
-    def _count_drafts(self, sequence: Sequence, drawn: Drawn, num_appended: int) -> None:
-        num_accepted = len(drawn.token_ids) - 1
-        if drawn.source == "prediction":
-            sequence.num_predicted += min(num_accepted, num_appended)
-        if drawn.source != "grammar":  # says nothing of other drafts
-            sequence.draft_record.verified(drawn.num_drafts, num_accepted)
-        self.counters.spec_decode_num_drafts += 1
-        self.counters.spec_decode_num_draft_tokens += drawn.num_drafts
-        self.counters.spec_decode_num_accepted_tokens += num_accepted
-        self._draft_counts.verified(num_accepted, drawn.source)
-
-    def _measure(self, step: InFlightStep, now: float) -> None:
-        """The device's time for the next launch, the speed of prompts for the gate and the router."""
-        took = step.launched.device_time
-        num_prompt_tokens = sum(part.length for part in step.parts if part.length > 1)
-        self._timer.ended(took, now, num_prompt_tokens > 0)
-        if took is not None:
-            self._count_device_time(took, step.behind)
-        if num_prompt_tokens:
-            spent_s = took.busy_s if took else now - step.began_at  # since then it may have waited behind another
-            self._parts.prefixes.gate.computed(num_prompt_tokens, spent_s, now)
-            self.counters.prompt_tokens_computed += num_prompt_tokens
-            self._speed.add_step(num_prompt_tokens, spent_s)
-
-    def _count_device_time(self, took: DeviceTime, behind: bool) -> None:
-        counters = self.counters
-        counters.device_busy_seconds += took.busy_s
-        if took.mask_wait_s >= SHORT_GAP_S:
-            counters.grammar_late_steps += 1
-            counters.grammar_late_seconds += took.mask_wait_s
-        if behind:
-            counters.device_gaps += 1
-            counters.device_gap_seconds += took.gap_s
-            counters.device_gaps_short += took.gap_s < SHORT_GAP_S
 
     # -- state
 
-    def _insert(self, group: list[Sequence], sequence: Sequence) -> None:
-        """Keep the order of seniority: prompts for others, then priority, then the order of arrival."""
-        seniority = {leg: index for index, leg in enumerate(self.sequences)}
-        seniority.setdefault(sequence.leg, len(seniority))
-        group.append(sequence)
-        group.sort(key=lambda s: (not s.hands_over, -s.priority, seniority[s.leg]))
-
     def report(self) -> RoleReport:
-        self._draft_counts.fill(self.counters)
-        self.counters.spec_decode_cooled_sequences = sum(each.draft_record.is_cooled for each in self._running)
+        running, waiting = self._queues.running, self._queues.waiting
+        self._speculation.report(running)
         return RoleReport(
-            running=len(self._running),
-            waiting=len(self._waiting) + len(self._reserved),
-            waiting_tokens=work_left(self._parts.manager, self._running, self._waiting),
-            prefill_tokens_s=self._speed.tokens_s,
+            running=len(running),
+            waiting=len(waiting) + len(self._reservations),
+            waiting_tokens=work_left(self._parts.manager, running, waiting),
+            prefill_tokens_s=self._meter.prompt_tokens_s,
         )
 
 

@@ -104,9 +104,9 @@ class Bench:
 
     def reserve(self, name: str, num_tokens: int, prefill: str = "p/1", max_tokens: int = 5) -> bytes:
         """Send a Reserve; returns the transfer id, b"" for local prefill or a refusal."""
-        before = set(self.role._reserved)
+        before = set(self.role._reservations.by_transfer)
         self.deliver(reserve(name, num_tokens, prefill, max_tokens, at=self.now_s))
-        return next(iter(set(self.role._reserved) - before), b"")
+        return next(iter(set(self.role._reservations.by_transfer) - before), b"")
 
     def deliver(self, *events: Any) -> None:
         for event in events:
@@ -223,7 +223,7 @@ def test_a_proxy_cancels_only_its_own_requests() -> None:
     bench = Bench()
     transfer = bench.reserve("a", 6)
     bench.deliver(FromProxy("proxy 2", Cancel(request_id="a", attempt=0), bench.now_s))
-    assert set(bench.role._reserved) == {transfer} and bench.role.sequences
+    assert set(bench.role._reservations.by_transfer) == {transfer} and bench.role.sequences
 
 
 def test_cancel_that_races_with_the_arrival() -> None:
@@ -281,7 +281,7 @@ def test_cached_blocks_are_not_transferred() -> None:
     bench.reserve("b", 10)
     reserved = [message for message in bench.io.sent if isinstance(message, Reserved)]
     assert [message.cached_tokens for message in reserved] == [0, 8]
-    assert bench.role.sequences and next(iter(bench.role._reserved.values())).incoming.first_block == 2
+    assert bench.role.sequences and next(iter(bench.role._reservations.by_transfer.values())).incoming.first_block == 2
 
 
 def _local(bench: Bench, *names: str, num_tokens: int = 30, priority: int = 0) -> None:

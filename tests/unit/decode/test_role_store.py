@@ -56,7 +56,7 @@ def test_a_preempted_sequence_is_loaded_again() -> None:
     bench.reserve("a", 10, prefill="", max_tokens=20)
     while len(bench.tokens("a")) < 8:
         bench.loop.turn(0.0)
-    bench.role._preempt(bench.role._running[0])
+    bench.role._preempt(bench.role._queues.running[0])
     bench.manager.release(bench.manager.allocate(bench.manager.num_available))
     assert bench.manager.evictions > 0
     _idle(bench)

@@ -187,7 +187,7 @@ class Bench:
 
     def arrive(self) -> None:
         """Complete the oldest transfer: write its blocks, and give its sequence the first token."""
-        reserved = self.role._reserved
+        reserved = self.role._reservations.by_transfer
         for transfer_id, sequence in list(reserved.items())[:1]:
             for place, token in enumerate(sequence.token_ids):
                 block = sequence.table.blocks[place // BLOCK]
@@ -229,7 +229,7 @@ class Bench:
         assert not self.role.sequences and not self.runner.launched
         self.loop.check()
         assert self.manager.num_available == self.manager.num_blocks
-        assert sorted(self.role._free_slots) == list(range(len(self.role._free_slots)))
+        assert sorted(self.role._queues.free_slots) == list(range(len(self.role._queues.free_slots)))
 
 
 REQUEST = st.tuples(
@@ -412,7 +412,7 @@ def test_a_prompt_that_does_not_fit_keeps_the_launch_late():
     bench.loop.turn(0.0)  # it makes only the next step launch early
     bench.loop.turn(0.0)
     under_way, bench.role._timer.launch_at = len(bench.runner.launched), bench.parts.clock() + 100.0
-    assert bench.role._waiting and not any(bench.loop.turn(0.0) for _ in range(5))
+    assert bench.role._queues.waiting and not any(bench.loop.turn(0.0) for _ in range(5))
     assert len(bench.runner.launched) == under_way == 1
     bench.role._timer.launch_at = 0.0
     bench.finish()

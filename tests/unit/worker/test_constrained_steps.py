@@ -230,7 +230,7 @@ def test_decode_checks_the_first_token_of_prefill(first: int, ends: bool) -> Non
     request = reserve("b", 10, sampling=COUNTED)
     message = request.message
     bench.deliver(FromProxy("proxy", type(message)(**{**_fields(message), "prefill": "p/1"}), 0.0))
-    (transfer,) = bench.role._reserved
+    (transfer,) = bench.role._reservations.by_transfer
     bench.deliver(KvArrived(transfer, first, None, 0.0, 0.0, 0.0))
     bench.run()
     if ends:
