@@ -14,8 +14,6 @@ from typing import TextIO
 
 Value = str | int | float | bool | bytes | None
 
-LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
-
 MAX_LINE_CHARS = 4000
 """Of a library's message."""
 MAX_TRACEBACK_LINES = 400
@@ -27,7 +25,8 @@ MAX_VALUE_CHARS = 300
 def configure_logging(level: str, node_name: str, stream: TextIO | None = None) -> None:
     """Send the log of the whole process, libraries included, to `stream` (stderr) in the format above.
 
-    `level` is one of LEVELS. Called once, from a node's `__main__`; calling it again replaces what was set before.
+    `level` is "debug", "info", "warning" or "error". Called once, from a node's `__main__`; calling it again replaces
+    what was set before.
     """
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(_LineFormatter(node_name))

@@ -11,7 +11,6 @@ from typing import Any
 
 from cuda.bindings import runtime
 
-HANDLE_BYTES = 64
 LEAST_PRIORITY = 0
 """Of streams: the numbers go down to the greatest priority (cudaDeviceGetStreamPriorityRange)."""
 

@@ -39,7 +39,6 @@ Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
 Rate = Annotated[float, Meta(ge=0.0, le=1e12)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
-BlockIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_BLOCKS)]
 Hashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)]
 EventHashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_EVENT_BLOCKS)]
 

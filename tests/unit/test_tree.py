@@ -364,6 +364,29 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
     assert found == []
 
 
+PAGES = re.compile(r"(?:README|CONTRIBUTING|SECURITY)\.md|docs/(?!decisions/).*\.md")
+"""Decisions are of their day: what they name may have moved since."""
+NAMED_PATH = re.compile(rf"`((?:{'|'.join(PACKAGES)}|tests|scripts|docs)/(?:[\w.-]+/)*[\w-]+(?:\.\w+)?)/?`")
+
+
+def test_pages_name_files_that_exist() -> None:
+    """A reader who looks for a file that moved away has nothing to hold on to."""
+    assert NAMED_PATH.findall("in `proxy/session.py`, `decode/`, `models/cuda` and `baton/x.py`") == [
+        "proxy/session.py",
+        "models/cuda",
+    ]
+    files = tracked()
+    known = {*files, *(parent.as_posix() for name in files for parent in Path(name).parents)}
+    named = [
+        (page, path)
+        for page in files
+        if PAGES.fullmatch(page)
+        for path in NAMED_PATH.findall((ROOT / page).read_text())
+    ]
+    assert len(named) > 100
+    assert [f"{page}: {path}" for page, path in named if path not in known] == []
+
+
 def test_the_walk_sees_the_packages() -> None:
     """A walk over nothing finds no fault."""
     names = python_files()
