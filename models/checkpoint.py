@@ -1,15 +1,17 @@
 """Which file of a model folder holds each weight, by the rules of transformers' from_pretrained. No torch: of the files
 only the headers are read.
 
-`model.safetensors` comes before an index. Of an index only the files that it names count, with all that they hold; of
-several copies of a tensor that in the last file by name is taken. Names may lack the leading `model.` (saved from the
-decoder without its head) or have it once more than they should; those of the decoder of a model that sees images may
-have `language_model.` in front or behind it.
+`model.safetensors` comes before an index. Of an index only the files that it names count, with all that they hold; if
+it is missing, which transformers does not take, a whole set of shards by their names. Of several copies of a tensor
+that in the last file by name is taken. Names may lack the leading `model.` (saved from the decoder without its head) or
+have it once more than they should; those of the decoder of a model that sees images may have `language_model.` before
+or behind it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from baton.node.telemetry import excerpt, log_event
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PREFIX, DECODER = "model.", "language_model."
+_SHARD = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 MAX_NAME_BYTES = 255
 """Of a file, in every common file system."""
 MAX_INDEX_BYTES = 64 << 20
@@ -96,6 +99,9 @@ def _files(folder: Path) -> tuple[str, ...]:
             )
         return (SINGLE_NAME,)
     if not index.exists():
+        if shards := _shards_without_index(folder):
+            log_event(logger, "index_missing", level=logging.WARNING, folder=folder.name, shards=len(shards))
+            return shards
         raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there{_what_to_do(folder)}")
     weight_map = JsonObject.from_file(index, MAX_INDEX_BYTES).child("weight_map")
     if weight_map is None:
@@ -109,6 +115,21 @@ def _files(folder: Path) -> tuple[str, ...]:
     return tuple(files)
 
 
+def _shards_without_index(folder: Path) -> tuple[str, ...]:
+    """All of `model-00001-of-00002.safetensors` and so on, or none; SettingsError if some are missing."""
+    names = (path.name for path in folder.glob("model-*.safetensors"))
+    found = {name: match for name in names if (match := _SHARD.fullmatch(name))}
+    counts = {int(match[2]) for match in found.values()}
+    if not found:
+        return ()
+    if len(counts) != 1 or sorted(int(match[1]) for match in found.values()) != list(range(1, max(counts) + 1)):
+        raise SettingsError(
+            f"{folder}: {INDEX_NAME} is missing, and {len(found)} files named as shards are not all of one model "
+            f"({', '.join(sorted(found)[:3])})"
+        )
+    return tuple(sorted(found))
+
+
 def _what_to_do(folder: Path) -> str:
     """About weights in other formats."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -118,7 +139,12 @@ def _what_to_do(folder: Path) -> str:
             "where its code may run: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of "
             "transformers, and copy the tokenizer's files"
         )
-    return f"; {CONVERT_GGUF}" if any(folder.glob("*.gguf")) else "; weights are read from safetensors files only"
+    if any(folder.glob("*.gguf")):
+        return f"; {CONVERT_GGUF}"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"; {others[0]} is there, but files of other names are not read, as their tensors have other names"
+    return "; weights are read from safetensors files only"
 
 
 def _header(path: Path) -> Iterator[tuple[str, TensorForm]]:

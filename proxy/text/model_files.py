@@ -47,6 +47,7 @@ from baton.node.telemetry import excerpt
 from baton.proxy.text.growth import check_growth
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 """Names of chat templates."""
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -113,6 +114,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     except FileNotFoundError:
         raise SettingsError(
             f"no {path.name} in {path.parent}: a tokenizer in Hugging Face's fast format is needed"
+            f"{_other_tokenizer(path.parent)}"
         ) from None
     try:
         tokenizer = Tokenizer.from_buffer(source)
@@ -124,6 +126,17 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()  # files of training runs carry a truncation that would silently cut prompts
     tokenizer.no_padding()
     return tokenizer
+
+
+def _other_tokenizer(folder: Path) -> str:
+    """What to do about a tokenizer in another format."""
+    found = next((name for name in _OTHER_TOKENIZERS if (folder / name).is_file()), "")
+    if not found:
+        return ""
+    return (
+        f"; of {found} transformers may write one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER); "
+        "it needs sentencepiece, tiktoken or mistral-common for some"
+    )
 
 
 def is_panic(error: BaseException) -> bool:

@@ -196,6 +196,23 @@ def test_whole_file_comes_before_an_index(make_model, as_transformers, prompt):
     assert model_fingerprint(made.folder) == with_shards  # shards that are not read are no part of the identity
 
 
+def test_shards_without_an_index(make_model, sequences, prompt):
+    """Guards a folder whose index was not copied, and one of whose shards some were not: a part of a model is none."""
+    made = make_model("llama", shard_size="60KB")
+    (made.folder / "model.safetensors.index.json").unlink()
+    _, found = sequences(ModelRunner.load(made.folder), 1, 64).greedy(0, prompt, 1)
+    torch.testing.assert_close(found, logits(made.reference, prompt), atol=1e-4, rtol=1e-4)
+    last = sorted(made.folder.glob("model-*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(SettingsError, match=r"index\.json is missing, and .* are not all of one model"):
+        load(made.folder)
+    for shard in made.folder.glob("model-*.safetensors"):
+        shard.unlink()
+    last.with_name("consolidated.safetensors").touch()
+    with pytest.raises(SettingsError, match=r"consolidated\.safetensors is there, but"):
+        load(made.folder)
+
+
 @pytest.mark.parametrize("position", [0, -1])
 def test_unlisted_copy_of_a_tensor_in_a_shard(make_model, as_transformers, position):
     """Guards against a traceback, and against the copy that transformers does not take."""

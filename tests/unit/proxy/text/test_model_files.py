@@ -254,3 +254,16 @@ def test_a_folder_of_a_model_that_sees_images(tmp_path: Path) -> None:
     assert (files.table_size, files.eos_ids, files.template) == (300, (9,), "{{ messages[0].content }}")
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 8]}))
     assert read_model_files(tmp_path).eos_ids == (7, 8)
+
+
+def test_a_tokenizer_in_another_format_is_named(tmp_path: Path) -> None:
+    """Guards a user of an old folder, or one in Mistral's format, from not knowing what to do."""
+    for name, hint in (
+        ("", "is needed$"),
+        ("vocab.json", "of vocab.json .*save_pretrained"),
+        ("tekken.json", "tekken"),
+    ):
+        if name:
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(SettingsError, match=hint):
+            read_model_files(tmp_path)
