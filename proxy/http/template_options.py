@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
-from baton.proxy.text.effort import LEVEL
+from baton.proxy.text.effort import LEVEL, SWITCHES
 from baton.proxy.text.template import RenderOptions
 
 MAX_VARIABLES = 64
@@ -28,6 +28,12 @@ RESERVED = frozenset(
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+class ThinkingSwitch(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    type: Literal["enabled", "adaptive", "disabled", "auto"]
+
+
 class TemplateRequest(BaseModel):
     """The fields; null means "not given"."""
 
@@ -36,6 +42,10 @@ class TemplateRequest(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
+    enable_thinking: bool | None = None
+    """Alibaba's name; sets the switches of reasoning that `chat_template_kwargs` does not set."""
+    thinking: ThinkingSwitch | None = None
+    """DeepSeek's and Zhipu's name of the same."""
 
 
 def render_options(
@@ -63,10 +73,19 @@ def render_options(
         add_generation_prompt=not continues and request.add_generation_prompt is not False,
         continue_final_message=continues,
         tools=tools,
-        variables=variables,
+        variables={**_switches(request), **variables},
         effort=effort or "",
         effort_param=effort_param,
     )
+
+
+def _switches(request: TemplateRequest) -> dict[str, Any]:
+    """Raises BadRequest where the two contradict each other."""
+    thinking = None if request.thinking is None or request.thinking.type == "auto" else request.thinking.type
+    asked = {request.enable_thinking, None if thinking is None else thinking != "disabled"} - {None}
+    if len(asked) > 1:
+        raise BadRequest("enable_thinking and thinking contradict each other", param="thinking")
+    return {switch: on for on in asked for switch in SWITCHES}
 
 
 def _is_longer(value: object, num_chars: int) -> bool:

@@ -48,6 +48,11 @@ async def chunks(client: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]]
         ({"reasoning_effort": "high"}, OPEN),
         ({"reasoning_effort": None, **THINKS}, OPEN),
         ({"reasoning_effort": "none", **THINKS}, OPEN),
+        ({"enable_thinking": True}, OPEN),
+        ({"enable_thinking": False, **THINKS}, OPEN),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}, "reasoning_effort": "none"}, OPEN),
+        ({"thinking": {"type": "disabled"}, "enable_thinking": None}, CLOSED),
+        ({"thinking": {"type": "auto"}}, PLAIN),
     ],
 )
 async def test_the_effort_switches_reasoning(client: httpx.AsyncClient, more: dict[str, Any], end: str) -> None:
@@ -57,6 +62,8 @@ async def test_the_effort_switches_reasoning(client: httpx.AsyncClient, more: di
 
 
 async def test_an_effort_that_is_none_is_refused(client: httpx.AsyncClient) -> None:
+    both = {"enable_thinking": True, "thinking": {"type": "disabled"}}
+    assert (await ask(client, **both))["error"]["param"] == "thinking"
     for body in ({"reasoning_effort": "huge"}, {"reasoning_effort": 1}):
         assert (await ask(client, **body))["error"]["param"] == "reasoning_effort"
     answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "reasoning_effort": "low"})
