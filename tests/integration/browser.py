@@ -19,7 +19,7 @@ from typing import Any, Self
 import aiohttp
 
 START_TIMEOUT_S = 60.0
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 60.0
 # The flags against background work and sync stop look-ups of hosts that an isolated network does not have.
 FLAGS = (
     "--headless",

@@ -137,7 +137,7 @@ BAD_BODIES: dict[str, tuple[int, Any]] = {
 
 def test_bad_bodies(cluster: Cluster) -> None:
     """Guards every layer that reads a body: each error names the field, in OpenAI's format."""
-    with httpx.Client(base_url=cluster.url, timeout=30) as client:
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
         for name, (status, body) in BAD_BODIES.items():
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
@@ -148,7 +148,7 @@ def test_bad_bodies(cluster: Cluster) -> None:
 
 def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> None:
     """Guards the token-list and chat entry points against oversized prompts."""
-    with httpx.Client(base_url=cluster.url, timeout=30) as client:
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
         chat = {"model": "demo", "messages": [{"role": "user", "content": "x" * 10_000_000}]}
         assert client.post("/v1/chat/completions", json=chat).status_code == 400
         assert client.post("/v1/completions", json=GOOD | {"prompt": [5] * 4_000_000}).status_code == 400
@@ -159,7 +159,7 @@ def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> N
 def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
     """Guards against clients that send a part of a request and stall or disconnect."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
-    waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=20) for _ in range(20)]
+    waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=60) for _ in range(20)]
     for number, connection in enumerate(waiting):
         connection.sendall(head + b'{"model": "demo"' * (number % 3))
     for connection in waiting[::2]:
@@ -190,7 +190,7 @@ def test_random_bytes(cluster: Cluster) -> None:
     opened = []
     for port in all_ports(cluster).values():
         for length in (0, 1, 9, 10, 64, 65, 1000, 100_000):
-            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            connection = socket.create_connection(("127.0.0.1", port), timeout=60)
             opened.append(connection)
             with contextlib.suppress(OSError):  # it may close while we send
                 connection.sendall(chance.randbytes(length))
@@ -208,7 +208,7 @@ def test_broken_zmtp(cluster: Cluster) -> None:
     rejected = {name: cluster.nodes.log(name).count("message_rejected") for name in cluster.nodes.names()}
     for place, port in all_ports(cluster).items():
         for frame in frames:
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
                 with contextlib.suppress(ConnectionError):  # it may close while we send
                     connection.sendall(GREETING + ready(b"unknown/1") + VALID + frame)
                 if place != f"proxy:{cluster.nodes.port}":
@@ -227,7 +227,7 @@ def test_broken_zmtp_before_any_key(cluster: Cluster) -> None:
     opened = []
     for port in all_ports(cluster).values():
         for frame in frames:
-            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            connection = socket.create_connection(("127.0.0.1", port), timeout=60)
             opened.append(connection)
             with contextlib.suppress(ConnectionError):  # it may close while we send
                 connection.sendall(CURVE_GREETING + frame)

@@ -313,9 +313,9 @@ class TestOneOfEachRole:
                 assert "503" in str(stream.broken) or "service_unavailable" in str(stream.broken), stream.broken
             else:
                 assert stream.error is not None and stream.error["code"] == "service_unavailable", stream.broken
-        answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=20)
+        answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=60)
         assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
-        assert httpx.get(f"{cluster.url}/ready", timeout=20).status_code == 503
+        assert httpx.get(f"{cluster.url}/ready", timeout=60).status_code == 503
         cluster.nodes.start_node(name)
         cluster.nodes.wait_ready(2)
         requests = mixed(2)

@@ -222,6 +222,6 @@ def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:
         second.nodes.wait_ready(2)
         again = [second.begin(f"Again: {prompt}", **body).join().text for prompt in prompts]
         assert again == [stream.text for stream in streams[0::2]]
-        assert httpx.get(f"{first.url}/ready", timeout=20).is_success
+        assert httpx.get(f"{first.url}/ready", timeout=60).is_success
         first.wait_idle()
         second.wait_idle()

@@ -71,7 +71,7 @@ def test_requests_reach_both_proxies_and_are_counted(cluster: Cluster) -> None:
     assert sum(served.values()) == MAX_CONNECTIONS
     assert cluster.num_workers() == 2, "workers are shown once"
     for request_id in ids:
-        found = httpx.get(f"{cluster.url}/debug/requests/{request_id}", timeout=10, verify=NO_TLS)
+        found = httpx.get(f"{cluster.url}/debug/requests/{request_id}", timeout=60, verify=NO_TLS)
         assert found.status_code == 200 and found.json()["id"] == request_id
 
 

@@ -28,7 +28,7 @@ def ask(cluster: Cluster, key: str, path: str = "/v1/completions", **more: Any) 
     headers: Mapping[str, str] = {"authorization": f"Bearer {key}"}
     if path == "/v1/completions":
         return httpx.post(f"{cluster.url}{path}", json=body, headers=headers, timeout=120)
-    return httpx.get(f"{cluster.url}{path}", headers=headers, timeout=30)
+    return httpx.get(f"{cluster.url}{path}", headers=headers, timeout=60)
 
 
 def cached(answer: httpx.Response) -> int:

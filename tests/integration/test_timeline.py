@@ -37,7 +37,7 @@ def ended(cluster: Cluster, stream: Stream) -> dict[str, Any]:
     """The record of a stream that has ended, after checking the sums of its timeline."""
     stream.join()
     assert stream.broken is None and stream.error is None and stream.finish == "length"
-    answer = httpx.get(f"{cluster.url}/debug/requests/{stream.id}", timeout=10)
+    answer = httpx.get(f"{cluster.url}/debug/requests/{stream.id}", timeout=60)
     assert answer.status_code == 200, answer.text
     (generation,) = answer.json()["generations"]
     assert [(part["until"], part["complete"]) for part in generation["timeline"]] == [(until, True) for until in USUAL]

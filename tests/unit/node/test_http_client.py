@@ -35,7 +35,7 @@ def answering(*answers: bytes, close: bool = False) -> Script:
 
 
 async def get(http: HttpClient) -> tuple[int, bytes]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return await http.get("/x")
 
 
@@ -126,7 +126,7 @@ async def test_a_sink_that_returns_false_ends_the_exchange_and_the_connection() 
 
     async with server(script) as origin:
         with closing(HttpClient(origin, {}, ManualClock().now_s)) as http:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 assert await http.exchange(http.request("GET", "/", b""), lambda data, now_s: False) == 200
                 await gone.wait()
 
@@ -142,7 +142,7 @@ async def test_the_request_bytes() -> None:
     async with server(script) as origin:
         origin = Origin(origin.host, origin.port, False, "/base")
         with closing(HttpClient(origin, {"Authorization": "Bearer k"}, ManualClock().now_s)) as http:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 await http.exchange(http.request("POST", "/v1/completions", b"{}"), lambda data, now_s: True)
     head, _, body = asked[0].partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")

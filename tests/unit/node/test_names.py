@@ -17,7 +17,7 @@ from baton.node.messages.control import Drain
 from baton.node.names import NameLookup, numbers_of
 from baton.node.sockets import Context
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 NAME = "proxy-1.example"
 
 

@@ -25,7 +25,7 @@ def _start(orphan_s: float | None) -> subprocess.Popen[str]:
 
 def test_an_orphan_drains_when_its_time_is_up() -> None:
     """Guards a host from nodes that nothing else will ever end."""
-    output, _ = _start(0.0).communicate(timeout=30)  # closes its standard input
+    output, _ = _start(0.0).communicate(timeout=60)  # closes its standard input
     assert output == "orphaned\nSIGTERM\n"
 
 
@@ -36,4 +36,4 @@ def test_standard_input_is_not_looked_at_unless_asked() -> None:
     child.stdin.close()
     child.send_signal(signal.SIGUSR1)
     assert child.stdout is not None and child.stdout.read() == "SIGUSR1\n"
-    child.wait(30)
+    child.wait(60)

@@ -12,7 +12,7 @@ from baton.node.probe import LIVE_S, MAX_CONNECTIONS, NodeState, NoProbes, Probe
 
 READY = NodeState(turned_at=100.0, unready="")
 DRAINING = NodeState(turned_at=100.0, unready="draining")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.mark.parametrize(

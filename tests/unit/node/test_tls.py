@@ -64,7 +64,7 @@ async def test_clients_and_the_probe_speak_https(files: tuple[Path, Path], monke
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*files)
-    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server, asyncio.timeout(30):
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server, asyncio.timeout(60):
         port = server.sockets[0].getsockname()[1]
         origin = Origin.parse(f"https://127.0.0.1:{port}/v1")
         http = HttpClient(origin, {}, time.monotonic)

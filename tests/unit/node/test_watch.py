@@ -17,7 +17,7 @@ from baton.testing.relay import FaultKind, LinkFault, Toward
 from baton.testing.relay_board import RelayBoard
 from baton.testing.relayed_process import ask_for_relay
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 KEYS, OTHER_KEYS = Keys(b"k" * 32), Keys(b"o" * 32)
 BEAT = Heartbeat(worker="d", incarnation=1, load=Load())
 

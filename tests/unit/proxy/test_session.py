@@ -433,7 +433,7 @@ async def test_the_deadline_ends_a_silent_request() -> None:
     """Guards every wait: workers that say nothing cost no more than the deadline, and are cancelled."""
     host = ScriptedHost(lambda worker, message: [])
     with pytest.raises(DeadlineExceeded):
-        await _run(host, timeout_s=0.05)
+        await _run(host, timeout_s=0.0)
     assert {worker for worker, message in host.sent if isinstance(message, Cancel)} == {"p0", "d0"}
     assert not host.open_legs
 
@@ -445,7 +445,7 @@ async def test_a_disconnected_client_cancels_both_legs() -> None:
         return [_tokens(0, 10)] if isinstance(message, Prefill) else []
 
     host = ScriptedHost(script)
-    run = _session(host, timeout_s=5.0, max_attempts=2).run()
+    run = _session(host, timeout_s=60.0, max_attempts=2).run()
     assert [delta.ids for delta in await anext(run)] == [(10,)]
     await run.aclose()
     assert {worker for worker, message in host.sent if isinstance(message, Cancel)} == {"p0", "d0"}
@@ -461,7 +461,7 @@ async def test_tokens_that_are_there_together_are_read_together() -> None:
         first = Tokens(request_id="r", attempt=0, index=0, ids=(7,), stages=Stages())
         return [first, _tokens(1, 8), _tokens(2, 9), _tokens(3, 10, finish="stop"), _tokens(4, 11)]
 
-    run = _session(ScriptedHost(script), timeout_s=5.0, max_attempts=1).run()
+    run = _session(ScriptedHost(script), timeout_s=60.0, max_attempts=1).run()
     together = [[delta.ids for delta in deltas] async for deltas in run]
     assert together == [[(7,)], [(8,), (9,), (10,)]], "a report of stages is of one answer; nothing follows the finish"
 
@@ -473,7 +473,7 @@ async def test_a_session_far_behind_reads_some_at_a_time() -> None:
     def script(worker: str, message: Message) -> list[Any]:
         return [*tokens, _tokens(len(tokens), 1, finish="stop")] if isinstance(message, Prefill) else []
 
-    run = _session(ScriptedHost(script), timeout_s=5.0, max_attempts=1).run()
+    run = _session(ScriptedHost(script), timeout_s=60.0, max_attempts=1).run()
     together = [[delta.ids[0] for delta in deltas] async for deltas in run]
     assert [len(each) for each in together] == [MAX_TOGETHER] * 3 + [1]
     assert [token for each in together for token in each] == [*range(3 * MAX_TOGETHER), 1]
@@ -493,7 +493,7 @@ async def test_a_client_that_does_not_read_is_paused() -> None:
         return []
 
     host = ScriptedHost(script, local=True)
-    session = _session(host, timeout_s=5.0, max_attempts=1)
+    session = _session(host, timeout_s=60.0, max_attempts=1)
     async with aclosing(session.run()) as run:
         read = await anext(run)
         for index in range(1, 4 * MAX_WAITING):
@@ -524,7 +524,7 @@ async def test_a_late_proxy_pauses_no_client() -> None:
 async def test_a_paused_request_hears_of_the_end() -> None:
     """Guards shutdown and deadline of a request whose client does not read: they are not dropped as its tokens are."""
     host = ScriptedHost(lambda worker, message: [_tokens(0, 0)] if isinstance(message, Reserve) else [], local=True)
-    async with aclosing(_session(host, timeout_s=5.0, max_attempts=1).run()) as run:
+    async with aclosing(_session(host, timeout_s=60.0, max_attempts=1).run()) as run:
         await anext(run)
         for index in range(1, 2 * MAX_WAITING):
             host.hear(("d0", _tokens(index, index)))
@@ -545,7 +545,7 @@ async def test_tokens_before_a_failure_that_came_with_them_reach_the_client() ->
         return []
 
     host = ScriptedHost(script)
-    run = _session(host, timeout_s=5.0, max_attempts=3).run()
+    run = _session(host, timeout_s=60.0, max_attempts=3).run()
     assert [delta.ids for delta in await anext(run)] == [(7,), (8,)]
     with pytest.raises(PeerLost, match="shutting down"):
         await anext(run)

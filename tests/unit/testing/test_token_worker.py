@@ -86,7 +86,7 @@ def proxies() -> Iterator[list[Proxy]]:
         proxy.wait(Register, 1)
     yield made
     stopping.set()
-    thread.join(30.0)
+    thread.join(60)
     endpoint.close()
     for proxy in made:
         proxy.endpoint.close()

@@ -28,7 +28,7 @@ def client() -> Iterator[CompletionClient]:
     started = threading.Event()
     thread = threading.Thread(target=lambda: (loop.create_task(serve()), loop.run_forever()))
     thread.start()
-    assert started.wait(30)
+    assert started.wait(60)
     yield CompletionClient(f"http://127.0.0.1:{ports[0]}", "null")
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

@@ -25,7 +25,7 @@ class ManualClock:
     async def read_again(self) -> None:
         """Until this clock has been read: the client, as it reads bytes."""
         before = self.reads
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while self.reads == before:
                 await asyncio.sleep(0)
 

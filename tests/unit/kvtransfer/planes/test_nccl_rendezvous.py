@@ -38,7 +38,7 @@ def test_a_process_group_rendezvous_over_it_moves_bytes() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert errors == [] and got.equal(torch.arange(1000).to(torch.uint8))
     assert not dist.is_initialized()
 

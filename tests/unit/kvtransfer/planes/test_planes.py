@@ -28,7 +28,7 @@ from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
 from baton.testing.loopback import LoopbackFabric
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SENDER, RECEIVER, OTHER = "prefill/1", "decode/1", "prefill/2"
 X, Y, Z = b"x" * 16, b"y" * 16, b"z" * 16
 

@@ -22,7 +22,7 @@ from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 CHILD, PARENT = "prefill/7", "decode/7"
 NUM_BLOCKS, BLOCK_BYTES = 8, 200_003
 CONTENT = random.Random(CHILD).randbytes(NUM_BLOCKS * BLOCK_BYTES)

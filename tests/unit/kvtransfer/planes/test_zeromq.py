@@ -21,7 +21,7 @@ from baton.node.errors import SettingsError
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 HEADER = struct.Struct("<4sH16sQHIQ")
 KEY = ChunkKey(b"x" * 16, 0, 0)
 BLOCK = 64

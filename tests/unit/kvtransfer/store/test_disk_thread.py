@@ -194,5 +194,5 @@ def test_open_tiers_are_looked_after() -> None:
     disk = Disk(gated.open, 1 << 20, gated.news.release, upkeep_s=0.001)
     World(host=Host(lower=disk)).join("a")
     assert gated.news.acquire(timeout=60)
-    assert gated.maintained.acquire(timeout=60) and gated.maintained.acquire(timeout=10)
+    assert gated.maintained.acquire(timeout=60) and gated.maintained.acquire(timeout=60)
     disk.close()

@@ -29,7 +29,7 @@ from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content,
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 ROOT = Path(__file__).resolve().parents[4]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 ATTEMPTS = 5
 
 

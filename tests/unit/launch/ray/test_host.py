@@ -115,8 +115,8 @@ def test_what_an_earlier_actor_has_left_is_drained_before_the_next(tmp_path: Pat
     assert writers_of(log) == [orphan.pid]
     ending = threading.Thread(target=end_predecessor, args=(log, 30.0, threading.Event()))
     ending.start()
-    assert orphan.wait(30) == 0
-    ending.join(30)
+    assert orphan.wait(60) == 0
+    ending.join(60)
     assert not ending.is_alive()
     os.close(read_end)
 
@@ -128,7 +128,7 @@ def test_one_that_does_not_drain_is_killed(tmp_path: Path) -> None:
     _until(lambda: "up" in log.read_text())  # it ignores the signal from here on
     assert writers_of(log) == [orphan.pid]
     end_predecessor(log, 0.0, threading.Event())
-    assert orphan.wait(30) == -signal.SIGKILL
+    assert orphan.wait(60) == -signal.SIGKILL
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:

@@ -393,13 +393,27 @@ async def test_time_up_at_the_engine_and_at_the_app(
 ) -> None:
     """Guards against a request that waits for ever on an engine that forgot its deadline."""
     monkeypatch.setattr("baton.proxy.http.endpoint.DEADLINE_GRACE_S", 0.0)
-    engine.script = lambda call: [asyncio.Event()]
-    app = create_app(engine, {"demo": text}, replace(app_settings, request_timeout_s=0.5))
+    at_the_app: list[asyncio.Timeout] = []
+
+    def timeout(delay_s: float | None, real: Any = asyncio.timeout) -> asyncio.Timeout:
+        made: asyncio.Timeout = real(delay_s)
+        if delay_s == 600.0:
+            at_the_app.append(made)
+        return made
+
+    def script(call: EngineCall) -> list[ScriptStep]:
+        (deadline,) = at_the_app
+        deadline.reschedule(0.0)  # the time is up, but not before the engine was asked
+        return [asyncio.Event()]
+
+    monkeypatch.setattr(asyncio, "timeout", timeout)
+    engine.script = script
+    app = create_app(engine, {"demo": text}, replace(app_settings, request_timeout_s=600.0))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answer = await client.post("/v1/completions", json=COMPLETION)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
     assert len(engine.cancelled) == 1
-    assert 0 < engine.calls[0].timeout_s <= 0.5
+    assert 0 < engine.calls[0].timeout_s <= 600.0
 
 
 async def test_no_worker_yet(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -515,7 +529,7 @@ async def test_a_client_that_goes_away_cancels_every_generation(
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     app = create_app(engine, {"demo": text}, app_settings)
-    await asyncio.wait_for(app(scope, receive, send), timeout=30)
+    await asyncio.wait_for(app(scope, receive, send), timeout=60)
     assert sorted(engine.cancelled) == sorted(call.request_id for call in engine.calls)
     assert len(engine.calls) == n
     assert engine.running == set()
@@ -539,7 +553,7 @@ async def test_a_connection_closed_under_a_write_cancels_too(
         raise OSError("connection closed")
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    await asyncio.wait_for(create_app(engine, {"demo": text}, app_settings)(scope, receive, send), timeout=30)
+    await asyncio.wait_for(create_app(engine, {"demo": text}, app_settings)(scope, receive, send), timeout=60)
     assert len(engine.cancelled) == 1
 
 

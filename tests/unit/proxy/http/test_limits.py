@@ -179,7 +179,7 @@ async def test_clients_that_leave_pay_for_what_was_computed(text: ModelText, kin
 
     headers = [(b"authorization", b"Bearer a")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-    await asyncio.wait_for(app(scope, receive, send), timeout=30)
+    await asyncio.wait_for(app(scope, receive, send), timeout=60)
     (usage,) = [tenant.usage for tenant in tenants]
     assert usage.totals.prompt_tokens == paid and usage.inside == 0
     assert usage.headers()["x-ratelimit-remaining-tokens"] == str(100 - paid)

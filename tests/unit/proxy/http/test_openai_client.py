@@ -59,12 +59,12 @@ def server(text: ModelText) -> Iterator[Served]:
     running = Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    assert running.serving.wait(30)
+    assert running.serving.wait(60)
     made = Served(bound.getsockname(), engine)
     engine.on_cancel = lambda _: made.gone.set()
     yield made
     running.should_exit = True
-    thread.join(30)
+    thread.join(60)
     bound.close()
 
 
@@ -79,7 +79,7 @@ def served(server: Served, says: Says) -> Served:
 
 @pytest.fixture
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=served.url, api_key="key", max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=served.url, api_key="key", max_retries=0, timeout=60) as made:
         yield made
 
 
@@ -222,7 +222,7 @@ def test_a_client_that_closes_its_connection_cancels(client: openai.OpenAI, serv
     stream = client.chat.completions.create(model="demo", messages=USER, stream=True)
     next(iter(stream))
     stream.close()
-    assert served.gone.wait(30)
+    assert served.gone.wait(60)
     assert len(served.engine.cancelled) == 1
 
 
@@ -235,17 +235,17 @@ def test_a_client_that_gives_up_waiting_cancels(served: Served) -> None:
         return [asyncio.Event()]
 
     served.engine.script = script
-    connection = http.client.HTTPConnection(*served.address, timeout=30)
+    connection = http.client.HTTPConnection(*served.address, timeout=60)
     body = json.dumps({"model": "demo", "prompt": "Hi"})
     connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer key"})
-    assert begun.wait(30)
+    assert begun.wait(60)
     connection.close()
-    assert served.gone.wait(30)
+    assert served.gone.wait(60)
 
 
 async def test_many_streams_at_once(served: Served) -> None:
     """Guards against answers mixed up between connections."""
-    async with openai.AsyncOpenAI(base_url=served.url, api_key="key", max_retries=0, timeout=30) as client:
+    async with openai.AsyncOpenAI(base_url=served.url, api_key="key", max_retries=0, timeout=60) as client:
 
         async def ask(prompt: str) -> str:
             stream = await client.completions.create(model="demo", prompt=prompt, stream=True, echo=True)

@@ -24,7 +24,7 @@ from baton.proxy.text.model_text import ModelText
 from baton.testing.fake_engine import FakeEngine
 from baton.tests.certificate import make_certificate
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """For what must happen; it fails a test that would hang."""
 LIVE = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 

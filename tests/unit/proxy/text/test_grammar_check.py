@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 import baton
 from baton.node.errors import BadRequest
-from baton.proxy.text import grammar_check
+from baton.proxy.text import bounded_process, grammar_check
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
@@ -25,8 +25,25 @@ TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
 VOCAB, END = 4096, 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """No limit of time but that of bombs: on a loaded machine a second of processor time takes a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_check, "WAIT_S", 600.0)
+        patch.setattr(bounded_process, "WALL_LIMIT_S", 600.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def check() -> Iterator[GrammarCheck]:
+    made = GrammarCheck(TOKENIZER, VOCAB, (END,), cpu_limit_s=600.0)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[GrammarCheck]:
+    """For bombs."""
     made = GrammarCheck(TOKENIZER, VOCAB, (END,), cpu_limit_s=1.0)
     yield made
     made.close()
@@ -187,14 +204,14 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_end(check: GrammarCheck, name: str) -> None:
+def test_bombs_end(impatient: GrammarCheck, name: str) -> None:
     """Guards the proxy: refused or compiled, within the limits of a process that is replaced."""
     kind, text = BOMBS[name]
     try:
-        compiled(check, kind, text)
+        compiled(impatient, kind, text)
     except BadRequest as error:
         assert str(error)
-    assert compiled(check, "regex", "abc" + name[:1])
+    assert compiled(impatient, "regex", "abc" + name[:1])
 
 
 def test_the_first_grammar_finds_a_process_that_has_read_the_tokenizer(tmp_path: Path) -> None:
@@ -234,8 +251,9 @@ def test_workers_know_reasoning_between_tokens(check: GrammarCheck) -> None:
     assert maybe == replace(begun, opened_by=(182,))
 
 
-def test_others_are_answered_while_a_bomb_is_compiled(check: GrammarCheck) -> None:
+def test_others_are_answered_while_a_bomb_is_compiled() -> None:
     """Guards against one hostile schema that holds up those of all others, and the event loop with them."""
+    check = GrammarCheck(TOKENIZER, VOCAB, (END,), cpu_limit_s=600.0)
     schema = asked("json", {**A, "title": "unseen"})
 
     async def both() -> bool:
@@ -244,6 +262,7 @@ def test_others_are_answered_while_a_bomb_is_compiled(check: GrammarCheck) -> No
         await asyncio.sleep(0)
         await check.compile(schema)
         first = not bomb.done()
+        check.close()
         await asyncio.gather(bomb, return_exceptions=True)
         return first
 

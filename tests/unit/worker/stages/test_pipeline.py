@@ -36,7 +36,7 @@ class Adding:
     def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> torch.Tensor:
         if entering is None:
             return torch.tensor([[float(token)] * 4 for row in rows for token in row.token_ids], dtype=self.dtype)
-        self.may_go.acquire(timeout=10)
+        self.may_go.acquire(timeout=60)
         return entering + 1
 
     def launch(self, rows: Sequence[Row], entering: torch.Tensor) -> Launched:
@@ -86,7 +86,7 @@ class Rig:
         for link in self.links:
             link.shut()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -58,7 +58,7 @@ from baton.worker.stages.remote.messages import (
 )
 from baton.worker.stages.remote.transport import OPTIONS
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 KEYS = Keys(b"k" * 32)
 ADDRESS = PlaneAddress(plane="zmq", host="here", address="tcp://127.0.0.1:9")
 LAYOUT = KVLayout.of_model(num_layers=5, kv_heads=2, head_dim=8, block_tokens=4, dtype="float32")

@@ -25,7 +25,7 @@ from baton.tests.unit.kvtransfer.store.disk.tier_checks import (
     read,
 )
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Gate:
