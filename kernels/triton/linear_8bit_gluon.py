@@ -45,6 +45,7 @@ def _consumer(
     FUSED: gl.constexpr, BIAS: gl.constexpr, GROUPS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 32])
+    STAGES_CHANGE: gl.constexpr = BLOCKS % GROUPS != 0  # from one group to another, see make_barriers
     EXACT: gl.constexpr = codes.dtype == gl.int8 and not (BLOCKED or RUNS)
     SUM_TYPE: gl.constexpr = gl.int32 if codes.dtype == gl.int8 else gl.float32
     pair_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, WIDTH], codes.dtype)
@@ -54,6 +55,8 @@ def _consumer(
     column = gl.arange(0, TILE_M, layout=gl.SliceLayout(0, SUMS))
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         number = (unit - gl.program_id(0)) // gl.num_programs(0)
+        if INDEX > 0 and STAGES_CHANGE:
+            mbarrier.wait(free, (number & 1) ^ 1)
         tile_m, tile_n, split = place_of_unit(unit, tiles_m, SPLITS)
         first_row, of_x = tile_n * TILE_N, tile_m * TILE_M + column
         inside = of_x < num_rows
@@ -96,7 +99,8 @@ def _consumer(
             elif not EXACT:
                 total += sums
         if INDEX > 0:
-            mbarrier.wait(free, (number & 1) ^ 1)
+            if not STAGES_CHANGE:
+                mbarrier.wait(free, (number & 1) ^ 1)
             parts.store(total)
             mbarrier.arrive(done, count=1)
         else:

@@ -81,6 +81,7 @@ def _consumer(
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     X: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=SUMS, k_width=2)
+    STAGES_CHANGE: gl.constexpr = BLOCKS % CONSUMERS != 0  # from one group to another, see make_barriers
     PARTS: gl.constexpr = 4 * WIDTH // GROUP if 4 * WIDTH > GROUP else 1  # groups of a block
     PLACES: gl.constexpr = 4 // PARTS
     pair_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, WIDTH], gl.int16)
@@ -91,6 +92,8 @@ def _consumer(
     operand_row = gl.where(operand_row < ROWS, operand_row, operand_row - ROWS + SECOND)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         number = (unit - gl.program_id(0)) // gl.num_programs(0)
+        if INDEX > 0 and STAGES_CHANGE:
+            mbarrier.wait(free, (number & 1) ^ 1)
         tile_m, tile_n, split = place_of_unit(unit, tiles_m, SPLITS)
         first_row = tile_n * TILE_N
         total = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
@@ -119,7 +122,8 @@ def _consumer(
                 total += sums * gl.expand_dims(scale, 1)
             mbarrier.arrive(empty.index(stage), count=1)
         if INDEX > 0:
-            mbarrier.wait(free, (number & 1) ^ 1)
+            if not STAGES_CHANGE:
+                mbarrier.wait(free, (number & 1) ^ 1)
             parts.index(INDEX - 1).store(total)
             mbarrier.arrive(done, count=1)
         else:
