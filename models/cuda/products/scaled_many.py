@@ -8,7 +8,7 @@ import torch
 
 from baton.kernels import ScaledLinear
 from baton.kernels.triton.linear_8bit_policy import fit_many_rows
-from baton.kernels.triton.quantise import CodedRows
+from baton.kernels.triton.quantise import RUN, CodedRows
 
 CUBLAS_WIDTH = 16
 """cuBLAS multiplies bytes of matrices whose sizes are multiples of this."""
@@ -24,12 +24,13 @@ class ScaledManyRows:
         usable = dtype == torch.bfloat16 and device.startswith("cuda") and not deterministic
         self._by_cublas = usable and _cublas_multiplies(weight_format, device)
         self._int8 = _int8_product(device) if usable and weight_format == "int8_row" else None
+        self._step = RUN if weight_format == "fp8_block" else CUBLAS_WIDTH  # of inputs: runs share a scale
 
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether rows in codes are multiplied by such a weight."""
         if self._int8 is not None:
             return fit_many_rows(num_outputs, num_inputs)
-        return self._by_cublas and num_inputs % CUBLAS_WIDTH == num_outputs % CUBLAS_WIDTH == 0
+        return self._by_cublas and num_inputs % self._step == num_outputs % CUBLAS_WIDTH == 0
 
     def __call__(self, weights: ScaledLinear, x: CodedRows, out: torch.Tensor) -> None:
         if self._int8 is not None:

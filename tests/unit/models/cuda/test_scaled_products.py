@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.kernels import ScaledLinear, reference
 from baton.kernels.triton.norm import rms_norm
 from baton.models.cuda.products import Products, fastest, invariant, shape_of
+from baton.models.cuda.products.scaled_many import ScaledManyRows
 from baton.tests.unit.kernels import interpreter_bf16
 
 if not torch.cuda.is_available():
@@ -107,3 +108,12 @@ def test_what_no_kernel_cuts_is_dequantised():
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     assert products.codes_for(odd, 3) is None
     torch.testing.assert_close(products(odd, x, torch.empty(3, 40), pdl=False), odd(x))
+
+
+@pytest.mark.parametrize(("weight_format", "fits"), [("fp8_block", False), ("fp8_row", True)])
+def test_rows_are_in_codes_only_if_runs_divide_them(monkeypatch, weight_format, fits):
+    """Guards the start of a worker on Hopper, of DeepSeek-V2-Lite in fp8_block: 10,944 inputs are no whole runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    many = ScaledManyRows(weight_format, False, torch.bfloat16, "cuda:0")
+    assert many.fits(2048, 10944) is fits
+    assert many.fits(2048, 10240)
