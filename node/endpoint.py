@@ -116,16 +116,18 @@ class Endpoint:
         return int(self._router.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str, role: NodeRole) -> None:
-        """Open a link to `peer`, a node of this role; it connects in the background, again when it breaks."""
+        """Open a link to `peer`, a node of this role; it connects in the background, again when it breaks. Raises
+        SettingsError for no address, and where the process may open no more files."""
         is_mutual = role in MUTUAL and role == self._context.role
         if peer in self._links or (is_mutual and self._holders.connection_of(peer) is not None):
             return
         socket = sockets.open_dealer(
             self._context, address, OPTIONS, server=role, identity=self.identity, secret=self._secret
         )
+        watch = DealerWatch(self._context, socket, address)
         self._holders.reserve(peer)
         known_role = role if self._context.credentials.keys is not None else None
-        link = _Link(peer, known_role, socket, DealerWatch(self._context, socket, address), is_mutual)
+        link = _Link(peer, known_role, socket, watch, is_mutual)
         self._links[peer] = self._link_of[socket] = link
         self._poller.register(socket, zmq.POLLIN)
 

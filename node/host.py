@@ -1,11 +1,18 @@
-"""Which machine this is: two processes with equal answers see the same processes and can map each other's memory."""
+"""Which machine this is, and how many files it lets a node open.
+
+Two processes with equal `host_identity` see the same processes and can map each other's memory.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import resource
 from pathlib import Path
+
+NODE_FILES = 65_536
+"""Most that a worker or a store may have open. Each peer takes about eight, and sockets are files."""
 
 
 def host_identity() -> str:
@@ -33,3 +40,16 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def allow_files(wanted: int) -> int:
+    """Let this process have so many files open, or as many as the system permits; returns how many it may.
+
+    Systems start processes with 1,024, of which a worker of more than a hundred peers has too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= files:
+        return files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return files

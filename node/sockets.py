@@ -16,6 +16,7 @@ ZeroMQ); authentication.py says which clients a ROUTER lets in. Pairs within the
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import struct
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,9 @@ from baton.node.errors import PeerLost, SettingsError
 Socket = zmq.Socket[bytes]
 
 MAX_IDENTITY_BYTES = 255 - SUFFIX_CHARACTERS
+MAX_SOCKETS = 32_768
+"""Of a context, which libzmq sets aside 16 bytes each for. A peer takes six of them: a link for messages and one for
+KV, each with both ends of its monitor. libzmq's own limit of 1,023 ends with 170 peers."""
 
 _EVENT = struct.Struct("=HI")
 
@@ -58,6 +62,7 @@ class Context:
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
         self.zmq: zmq.Context[Socket] = zmq.Context()
+        self.zmq.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         if credentials.keys is not None:
             Authenticator(self.zmq, credentials.role, credentials.keys)
 
@@ -98,7 +103,7 @@ def open_dealer(
 ) -> Socket:
     """A DEALER called `identity` that connects to a `server` at `address` in the background, with an id made of
     `secret`; an address with a name is looked up and dialed by the socket's DealerWatch. Raises SettingsError for no
-    address."""
+    address, and where the process may open no more files."""
     if is_name(address) and not is_address(address):
         raise SettingsError(f"cannot connect to {address!r}: it must be like tcp://HOST:PORT")
     dealer = _open(context, zmq.DEALER, address, options)
@@ -120,7 +125,7 @@ def open_dealer(
 
 def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
     """Two ends within this process, each for one thread at a time. The queue between them is short."""
-    first, second = context.zmq.socket(zmq.PAIR), context.zmq.socket(zmq.PAIR)
+    first, second = _new_socket(context, zmq.PAIR), _new_socket(context, zmq.PAIR)
     for socket in (first, second):
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 16)
@@ -133,11 +138,20 @@ def open_monitor(context: Context, socket: Socket, events: int) -> Socket:
     """Where libzmq reports these events of the connections of `socket`; ended by `close_monitor`.
 
     Its I/O thread writes them and waits where it cannot, which would stop every link of the context: so this queue has
-    no bound, and must be read.
+    no bound, and must be read. Raises SettingsError, and closes `socket`, where the process may open no more files.
     """
     name = f"inproc://monitor-{id(socket)}-{secrets.token_hex(8)}"
-    socket.monitor(name, events)
-    monitor: Socket = context.zmq.socket(zmq.PAIR)
+    try:
+        monitor = _new_socket(context, zmq.PAIR)
+    except SettingsError:
+        socket.close(0)
+        raise
+    try:
+        socket.monitor(name, events)
+    except zmq.ZMQError as error:
+        monitor.close(0)
+        socket.close(0)
+        raise _no_socket(error) from None
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.setsockopt(zmq.RCVHWM, 0)
     monitor.connect(name)
@@ -244,8 +258,22 @@ def send_frames(socket: Socket, frames: list[bytes]) -> bool:
     return True
 
 
+def _new_socket(context: Context, kind: int) -> Socket:
+    try:
+        return context.zmq.socket(kind)
+    except zmq.ZMQError as error:
+        raise _no_socket(error) from None
+
+
+def _no_socket(error: zmq.ZMQError) -> SettingsError:
+    """What to raise instead. Any other error than a lack of files or sockets is a bug, and raised here."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        raise error
+    return SettingsError(f"no more sockets can be opened: {error} (see `ulimit -n`)")
+
+
 def _open(context: Context, kind: int, address: str, options: Options) -> Socket:
-    socket: Socket = context.zmq.socket(kind)
+    socket = _new_socket(context, kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IPV6, is_ipv6(address))
     socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)

@@ -93,6 +93,7 @@ class DealerWatch:
     """
 
     def __init__(self, context: Context, dealer: Socket, address: str) -> None:
+        """Raises SettingsError, and closes `dealer`, where the process may open no more files."""
         self._dealer = dealer
         self._address = address
         self.breaks = 0

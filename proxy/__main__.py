@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import resource
 import signal
 import socket
 import ssl
@@ -23,6 +22,7 @@ from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import collect_rarely, freeze_startup_objects
+from baton.node.host import allow_files
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
 from baton.node.orphan import watch_starter
@@ -162,11 +162,7 @@ def _max_connections(max_requests: int) -> int:
     """Twice as many as requests, so that half of them at least run none and can be closed for others; fewer where the
     system allows fewer files. Raises this process's limit of them as far as it needs."""
     wanted = 2 * max_requests + MORE_CONNECTIONS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = wanted + OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + OTHER_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    return max(1, min(wanted, files - OTHER_FILES))
+    return max(1, min(wanted, allow_files(wanted + OTHER_FILES) - OTHER_FILES))
 
 
 def _tls_of(settings: ProxySettings) -> ssl.SSLContext | None:

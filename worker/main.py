@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
+from baton.node.host import NODE_FILES, allow_files
 from baton.node.messages.base import Role
 from baton.node.orphan import watch_starter
 from baton.node.probe import NodeState, NoProbes, Probes, open_probes
@@ -31,6 +32,7 @@ def serve(role: Role, settings: WorkerSettings, make_loop: Callable[[Parts, str]
     start or was refused."""
     configure_logging(settings.log_level, settings.worker_id or role)
     sys.setswitchinterval(SWITCH_S)
+    allow_files(NODE_FILES)
     try:
         with open_probes(settings.probe_port, settings.bind) as probes:
             return _serve(role, settings, make_loop, probes)

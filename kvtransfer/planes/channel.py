@@ -103,7 +103,8 @@ class Channel:
         self.address = host.advertise(sockets.bound_address(self.socket))
 
     def connect(self, peer: str, address: str) -> bool:
-        """False if the address is none; connecting itself goes on in the background."""
+        """False if the address is none, or the process may open no more files; connecting itself goes on in the
+        background."""
         self.disconnect(peer)
         if not is_address(address):
             return False
@@ -116,10 +117,10 @@ class Channel:
                 identity=self._identity,
                 secret=self._secret,
             )
+            self._watches[peer] = DealerWatch(self._context, dealer, address)
         except SettingsError:
             return False
         self._dealers[peer] = dealer
-        self._watches[peer] = DealerWatch(self._context, dealer, address)
         return True
 
     def disconnect(self, peer: str, linger_ms: int = 0) -> None:

@@ -106,16 +106,17 @@ class ZmqPlane:
     def connect(self, peer: str, address: PlaneAddress) -> None:
         """Connecting goes on in the background, so that the first chunk need not wait for it.
 
-        An address that makes no sense (it is a peer's text) leaves the peer unconnected: sends to it fail.
+        An address that makes no sense (it is a peer's text), or a process that may open no more files, leaves the
+        peer unconnected: sends to it fail.
         """
         known = self._links.get(peer)
         if known is not None and known.address == address:
             return
         if known is not None:
             self._hang_up(peer)
-        socket = self._dial(address)
-        if socket is not None:
-            self._links[peer] = _Link(address, socket, DealerWatch(self._context, socket, address.address))
+        link = self._dial(address)
+        if link is not None:
+            self._links[peer] = link
 
     def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
         check_posting(self._memory.num_blocks, blocks)
@@ -189,11 +190,11 @@ class ZmqPlane:
             for link in self._links.values():
                 link.watch.turn(now)
 
-    def _dial(self, address: PlaneAddress) -> Socket | None:
+    def _dial(self, address: PlaneAddress) -> _Link | None:
         if not is_address(address.address):
             return None
         try:
-            return sockets.open_dealer(
+            socket = sockets.open_dealer(
                 self._context,
                 address.address,
                 SENDING,
@@ -201,6 +202,7 @@ class ZmqPlane:
                 identity=self._identity,
                 secret=self._secret,
             )
+            return _Link(address, socket, DealerWatch(self._context, socket, address.address))
         except SettingsError:
             return None
 

@@ -10,6 +10,7 @@ link for messages; bytes that do not move are noticed by the transfer that waits
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.planes.base import Plane, choose
@@ -33,7 +34,7 @@ PAIR_IDLE_S = 120.0
 @dataclass(frozen=True, slots=True)
 class PeerTransport:
     """How peers are reached: `send` returns whether the peer could be reached, `connect` opens a link to it, or raises
-    SettingsError for no address."""
+    SettingsError for no address, or where the process may open no more files."""
 
     send: Callable[[str, Message], bool]
     connect: Callable[[str, str], None]
@@ -130,7 +131,8 @@ class Pairs:
         return tuple(pair.peer for pair in self._pairs.values() if pair.silent)
 
     def _say_hello(self, pair: _Pair, now: float) -> None:
-        self._wire.connect(pair.peer, pair.address)
+        with suppress(SettingsError):  # as a greeting without an answer: the next one tries again
+            self._wire.connect(pair.peer, pair.address)
         pair.greeted_at = now
         pair.num_unanswered += 1
         self.due_at = min(self.due_at, pair.due_at)

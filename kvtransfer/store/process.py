@@ -22,7 +22,7 @@ from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
-from baton.node.host import default_name
+from baton.node.host import NODE_FILES, allow_files, default_name
 from baton.node.messages.store import decode_store
 from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.sockets import Context
@@ -117,6 +117,7 @@ def as_it_is(lower: LowerTier, wake: Callable[[], None]) -> LowerTier:
 def serve(settings: StoreSettings, over: Over = as_it_is) -> int:
     """Run the store until SIGTERM; the exit status."""
     configure_logging(settings.log_level, "store")
+    allow_files(NODE_FILES)
     try:
         with open_probes(settings.probe_port, settings.bind) as probes:
             return _serve(StoreProcess(settings, over), probes)

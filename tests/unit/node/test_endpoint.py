@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from baton.kvtransfer.protocol.pairs import MAX_PAIRS
 from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
@@ -215,3 +216,41 @@ def test_mixed_workers_may_connect_to_each_other_at_once() -> None:
     finally:
         for closing in (one, other, *contexts):
             closing.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_link_for_which_no_socket_is_left_is_not_opened_and_the_others_go_on(room: int) -> None:
+    """Guards a worker that has as many files open as it may: it ended with all its requests when it met a peer. A link
+    takes three sockets; each of them may be the one that is refused."""
+    context = Context(Credentials("proxy"))
+    context.zmq.set(zmq.MAX_SOCKETS, 2 + 3 + room)
+    client = Endpoint(context, "client/1", None)
+    try:
+        client.connect("a", "tcp://127.0.0.1:9", "prefill")
+        for _ in range(3):
+            with pytest.raises(SettingsError, match="no more sockets can be opened"):
+                client.connect("b", "tcp://127.0.0.1:9", "prefill")
+        assert not client.send("b", ABORT) and client.send("a", ABORT)
+        client.disconnect("a")
+        assert _connects(client, "b"), "sockets of links that were not opened are still in use"
+    finally:
+        client.close()
+        context.close()
+
+
+def _connects(client: Endpoint, peer: str) -> bool:
+    """Whether there is room for a link; a thread of libzmq ends sockets some time after they were closed."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            client.connect(peer, "tcp://127.0.0.1:9", "prefill")
+        except SettingsError:
+            time.sleep(0.01)
+        else:
+            return True
+    return False
+
+
+def test_a_worker_can_have_links_with_all_its_peers(context: Context) -> None:
+    """Guards clusters of more than 170 peers of a worker, for which libzmq's own limit of sockets does not suffice."""
+    assert context.zmq.get(zmq.MAX_SOCKETS) >= 6 * MAX_PAIRS
