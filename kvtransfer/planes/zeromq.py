@@ -98,10 +98,10 @@ class ZmqPlane:
         return PlaneAddress(plane=self.name, host=self._host, address=text)
 
     def reaches(self, peer: PlaneAddress) -> bool:
-        """Whether the address makes sense from here; nothing is sent to find out."""
+        """Whether each address makes sense from the other host; nothing is sent to find out."""
         if peer.plane != self.name or not is_address(peer.address):
             return False
-        return peer.host == self._host or not is_loopback(peer.address)
+        return peer.host == self._host or not any(map(is_loopback, (peer.address, self.describe().address)))
 
     def connect(self, peer: str, address: PlaneAddress) -> None:
         """Connecting goes on in the background, so that the first chunk need not wait for it.

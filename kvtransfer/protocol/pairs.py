@@ -144,7 +144,9 @@ class Pairs:
         refusal = self._why_not(peer, hello)
         plane = None if refusal else choose(self._planes, hello.planes)
         if plane is None:
-            self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
+            self._wire.send(
+                peer, Refused(reason=refusal or "no common data plane with addresses that both hosts reach")
+            )
             return False
         plane.connect(peer, next(address for address in hello.planes if address.plane == plane.name))
         pair = self._pairs.setdefault(peer, _Pair(peer))

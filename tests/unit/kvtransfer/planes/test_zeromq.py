@@ -206,20 +206,24 @@ def test_a_send_to_a_closed_port_can_be_cancelled(context: Context, memory: Host
 
 
 def test_a_loopback_address_of_another_host_is_not_reached(context: Context, memory: HostMemory) -> None:
-    """Guards against connecting to an unrelated port of this host."""
-    plane = ZmqPlane(context, memory, "prefill/1")
+    """Guards against connecting to an unrelated port of this host, and KV that is waited for until it is late, as a
+    sender on another host looks for this one's address there."""
+    plane = ZmqPlane(context, memory, "prefill/1", ListenHost("127.0.0.1", "10.1.2.4"))
+    local = ZmqPlane(context, memory, "prefill/2")
 
     def reached(host: str, address: str) -> bool:
         return plane.reaches(PlaneAddress(plane="zmq", host=host, address=address))
 
-    here = plane.describe()
+    here = local.describe()
     assert reached(here.host, here.address)
+    assert not local.reaches(PlaneAddress(plane="zmq", host="elsewhere", address="tcp://10.1.2.3:5000"))
     assert not reached("elsewhere", here.address)
     assert not reached("elsewhere", "tcp://[::1]:5000") and not reached("elsewhere", "tcp://localhost:5000")
     assert reached("elsewhere", "tcp://10.1.2.3:5000") and reached("elsewhere", "tcp://[fd00::1]:5000")
     for nonsense in ("tcp://10.1.2.3:0", "tcp://10.1.2.3:65536", "tcp://10.1.2.3", "tcp://a;b:1", "inproc://x:1"):
         assert not reached("elsewhere", nonsense), nonsense
     plane.close()
+    local.close()
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "203.0.113.7"])
