@@ -9,7 +9,7 @@ Triton.
 
 from baton.kernels.clamped_gate import ClampedGate, clamped_gate_and_mul
 from baton.kernels.cpu.attention import DecodeGroup, chunk_attention, decode_attention
-from baton.kernels.cpu.experts import apply_experts
+from baton.kernels.cpu.experts import AddedToExpert, apply_experts
 from baton.kernels.cpu.paged_kv import PagedKv, PlainKv, QuantisedKv
 from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p, with_noise
 from baton.kernels.linear import DenseLinear, ExpertLinears, GroupedLinear, HeldWeight, Linear, ScaledLinear
@@ -29,6 +29,7 @@ from baton.kernels.routing import Routing, route
 from baton.kernels.scores import Scores
 
 __all__ = [
+    "AddedToExpert",
     "ClampedGate",
     "DecodeGroup",
     "DenseLinear",

@@ -49,6 +49,8 @@ NEUTRAL = (
     "eva_config",
 )
 """Fields that say how it was trained, or where."""
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""What names in `target_parameters` may end in: of other parameters, patterns would not say the rank of a module."""
 INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Those that leave the model's own weights as they are."""
 
@@ -155,7 +157,10 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
     initialisation = fields.get("init_lora_weights", True)
     if initialisation not in INITIALISATIONS:
         raise _wrong(where, fields, "init_lora_weights", "one that leaves the model's weights alone")
-    known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights"}
+    parameters = fields.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(_is_of_experts(each) for each in parameters):
+        raise _wrong(where, fields, "target_parameters", f"names that end in {' or '.join(EXPERT_PARAMETERS)}")
+    known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights", "target_parameters"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", [], {}):
             raise AdapterError(f"{where}: {excerpt(name, 80)!r} is not supported, is {excerpt(value, 80)}")
@@ -173,6 +178,10 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
         rank_stabilised=bool(fields.get("use_rslora", False)),
         has_magnitudes=bool(fields.get("use_dora", False)),
     )
+
+
+def _is_of_experts(parameter: object) -> bool:
+    return isinstance(parameter, str) and parameter.rpartition(".")[2] in EXPERT_PARAMETERS
 
 
 def _rank(where: str, fields: dict[str, Any], name: str, value: object) -> int:

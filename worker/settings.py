@@ -107,7 +107,7 @@ class WorkerSettings(EngineSettings):
     max_cpu_loras: int = option(
         128,
         unit="adapters",
-        help="most adapters in the host's memory, at least --max-loras",
+        help="most adapters in the host's memory, at least --max-loras; one of routed experts may take gigabytes",
         minimum=1,
         maximum=1 << 16,
     )

@@ -4,9 +4,10 @@
     y = row_scale * (W x) + b (a x)    of DoRA, whose factors are in b too
 
 Query, key and value are parts of one product here, gate and up of another (models.layer_weights); of latent attention
-queries, or their latent, and the latent of keys and values. Each part of a product's outputs has a pair of its own, or
-none; an adapter that was trained on a merged product has one `a` for all its parts. Where an adapter comes from, and
-where a device keeps it, it does not know.
+queries, or their latent, and the latent of keys and values. Routed experts have a product each, whose pairs lie behind
+one another: a [experts, rank, inputs], b [experts, outputs, rank]. Each part of a product's outputs has a pair of its
+own, or none; an adapter that was trained on a merged product has one `a` for all its parts. Where an adapter comes
+from, and where a device keeps it, it does not know.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from baton.models.layers import DenseMlp, GroupedAttention, LatentAttention, Lay
 class LowRank(NamedTuple):
     """What is added to some outputs of a product."""
 
-    a: torch.Tensor  # [rank, inputs]
-    b: torch.Tensor  # [outputs, rank], times the scaling
+    a: torch.Tensor  # [rank, inputs]; of routed experts [experts, rank, inputs]
+    b: torch.Tensor  # [outputs, rank], times the scaling; of routed experts [experts, outputs, rank]
     row_scale: torch.Tensor | None = None  # [outputs]: the model's own product is multiplied by it; None: by 1
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -62,15 +63,19 @@ class LayerAdapter:
     o: Parts = ()
     gate_up: Parts = ()  # gate, up: of a dense MLP, or of the shared expert
     down: Parts = ()
+    expert_gate_up: Parts = ()  # gate, up: of all routed experts
+    expert_down: Parts = ()
 
     def product(self, name: str) -> Parts:
-        """`name`: one of PRODUCTS."""
+        """`name`: one of PRODUCTS or EXPERT_PRODUCTS."""
         parts: Parts = getattr(self, name)
         return parts
 
 
 PRODUCTS = ("qkv", "query", "o", "gate_up", "down")
 """Of a layer, in the order in which a step computes them."""
+EXPERT_PRODUCTS = ("expert_gate_up", "expert_down")
+"""Of a layer with routed experts, beside them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +96,7 @@ class Adapter:
     def pairs(self) -> Iterator[LowRank]:
         """All of it; pairs of one product may share their `a`."""
         for layer in self.layers:
-            for name in PRODUCTS:
+            for name in PRODUCTS + EXPERT_PRODUCTS:
                 yield from (part for part in layer.product(name) if part is not None)
         yield from (part for part in (self.embedding, *self.lm_head) if part is not None)
 
@@ -112,8 +117,8 @@ class Adapter:
 
 
 def adapted_products(config: ModelConfig) -> tuple[dict[str, AdaptedProduct], ...]:
-    """By name, the products of each layer that adapters may change: those of attention but the one that makes keys and
-    values of latents, of dense MLPs and of shared experts."""
+    """By the names of PRODUCTS, what adapters may change of each layer: the products of attention but the one that
+    makes keys and values of latents, those of dense MLPs and of shared experts."""
     return tuple(layer_products(shape, config.hidden_size) for shape in describe(config))
 
 
@@ -131,6 +136,15 @@ def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProd
         products["gate_up"] = AdaptedProduct(hidden_size, (dense.width, dense.width))
         products["down"] = AdaptedProduct(dense.width, (hidden_size,))
     return products
+
+
+def expert_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
+    """By the names of EXPERT_PRODUCTS, those of one routed expert of a layer; none of a dense layer."""
+    if isinstance(shape.mlp, DenseMlp):
+        return {}
+    width = shape.mlp.width
+    gate_up, down = AdaptedProduct(hidden_size, (width, width)), AdaptedProduct(width, (hidden_size,))
+    return dict(zip(EXPERT_PRODUCTS, (gate_up, down), strict=True))
 
 
 def _latent_products(attention: LatentAttention, hidden_size: int) -> dict[str, AdaptedProduct]:

@@ -2,6 +2,7 @@
 
     query, key, value, gate, up, head:  y[outputs of a rank] = W x + b (a x)              rows of b
     o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
+    routed experts:                     those of the rank, whole
 
 As models.partition cuts the model. The embedding, and latents of attention, every rank makes whole.
 """
@@ -44,13 +45,17 @@ def layers_of(adapter: Adapter, stage: Stage) -> Adapter:
 
 
 def _layer(number: int, layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
-    attention = _grouped(layer, config, rank) if config.latent is None else _latent(layer, config, config.latent, rank)
-    if not layer.gate_up and not layer.down:
-        return attention
+    made = _grouped(layer, config, rank) if config.latent is None else _latent(layer, config, config.latent, rank)
     experts = config.experts
+    if experts is not None and (layer.expert_gate_up or layer.expert_down):
+        held = rank.share(experts.num_experts, "experts")
+        gate_up, down = _of_experts(layer.expert_gate_up, held), _of_experts(layer.expert_down, held)
+        made = replace(made, expert_gate_up=gate_up, expert_down=down)
+    if not layer.gate_up and not layer.down:
+        return made
     width = experts.shared_width if experts is not None and experts.layers[number] else config.intermediate_size
     inner = rank.share(width, "rows of an MLP")
-    return replace(attention, gate_up=_outputs(layer.gate_up, inner, inner), down=_inputs(layer.down, inner))
+    return replace(made, gate_up=_outputs(layer.gate_up, inner, inner), down=_inputs(layer.down, inner))
 
 
 def _grouped(layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
@@ -81,6 +86,11 @@ def _outputs(parts: Parts, *cuts: range) -> Parts:
 def _rows(pair: LowRank, cut: range) -> LowRank:
     scale = None if pair.row_scale is None else pair.row_scale[cut.start : cut.stop]
     return LowRank(pair.a, pair.b[cut.start : cut.stop], scale)
+
+
+def _of_experts(parts: Parts, held: range) -> Parts:
+    cut = slice(held.start, held.stop)
+    return tuple(part and LowRank(part.a[cut], part.b[cut]) for part in parts)
 
 
 def _inputs(parts: Parts, cut: range) -> Parts:

@@ -61,7 +61,7 @@ def reason_not_adapted(module: str, config: ModelConfig) -> str:
     names, experts = module.split("."), config.experts
     if experts is not None:
         if "experts" in names:
-            return "belongs to routed experts, which are not adapted here"
+            return "names no projection of a routed expert of this model"
         if names[-1] == experts.rules.router:
             return "is a router, which is not adapted here"
         if experts.shared_gated and names[-1] == f"{experts.rules.shared}_gate":

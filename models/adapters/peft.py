@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,14 @@ from baton.models.adapters.adapter import (
     LowRank,
     Parts,
     adapted_products,
+)
+from baton.models.adapters.expert_modules import (
+    ExpertPlace,
+    ParameterPlace,
+    expert_modules,
+    expert_parameters,
+    joined,
+    parts_of_parameter,
 )
 from baton.models.adapters.modules import (
     EMBEDDING,
@@ -39,8 +48,10 @@ from baton.node.errors import AdapterError
 from baton.node.telemetry import excerpt
 
 PREFIX = "base_model.model."
-MAX_TENSORS, MAX_HEADER_BYTES = 20_000, 32 << 20
+MAX_TENSORS, MAX_HEADER_BYTES = 120_000, 32 << 20
+"""Pairs of each projection of 256 experts in 58 layers are 89,088 tensors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PairPlace: TypeAlias = "Place | ExpertPlace | ParameterPlace"
 FORMS = {  # what a tensor's name ends in: the side of the pair
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -68,12 +79,15 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     places = adapted_modules(config)
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
-    pairs = _pairs(tensors, places, config)
+    wrappers = expert_parameters(config)
+    pair_places: dict[str, PairPlace] = {**places, **expert_modules(config)}
+    pairs = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
+    _name_parameters(pairs, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):
         raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
     if not pairs and not wholes and not norms:
         raise AdapterError("the weights hold no pair of lora_A and lora_B")
-    assembler = _Assembler(config, adapter_config, places, base_rows)
+    assembler = _Assembler(config, adapter_config, pair_places, base_rows)
     adapter = assembler.adapter(pairs, adapter_config.digest(weights_digest))
     return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD), norms=norms)
 
@@ -152,7 +166,7 @@ def _is_own(tensor: torch.Tensor, name: str, base_rows: BaseRows) -> bool | None
 
 
 def _pairs(
-    tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], config: ModelConfig
+    tensors: Mapping[str, torch.Tensor], modules: Set[str], config: ModelConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """By module, both tensors of its pair."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
@@ -162,7 +176,7 @@ def _pairs(
         if ending is None:
             raise AdapterError(f"tensor {excerpt(name)}: is {_kind(short)}, which is not supported")
         module = short.removesuffix(ending)
-        if module not in places:
+        if module not in modules:
             raise AdapterError(f"tensor {excerpt(name)}: {reason_not_adapted(module, config)}")
         if ending.startswith(".lora_embedding") != (module == EMBEDDING):
             raise AdapterError(f"tensor {excerpt(name)}: is not what PEFT saves of this module")
@@ -171,6 +185,32 @@ def _pairs(
             raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
         pair[FORMS[ending]] = _checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
     return pairs
+
+
+def _name_parameters(
+    pairs: dict[str, dict[str, torch.Tensor]],
+    wrappers: Mapping[str, Mapping[str, ParameterPlace]],
+    places: dict[str, PairPlace],
+) -> None:
+    """Gives pairs of experts' parameters a place, and the names of these instead of their wrappers', by the shapes."""
+    for wrapper in sorted(pairs.keys() & wrappers.keys()):
+        pair = pairs.pop(wrapper)
+        _check_whole(wrapper, pair)
+        ends = pair["a"].shape[1], pair["b"].shape[0]
+        of = {name: (place.shape.num_inputs, place.shape.num_outputs) for name, place in wrappers[wrapper].items()}
+        found = next((name for name, known in of.items() if known == ends), None)
+        if found is None or found in pairs:
+            raise AdapterError(
+                f"module {wrapper}: a pair from {ends[0]} inputs to {ends[1]} outputs is there twice, or fits no "
+                f"parameter: {of}"
+            )
+        pairs[found], places[found] = pair, wrappers[wrapper][found]
+
+
+def _check_whole(module: str, pair: Mapping[str, torch.Tensor]) -> None:
+    for side, other in (("a", "lora_B"), ("b", "lora_A")):
+        if side not in pair:
+            raise AdapterError(f"module {module}: has a {other} without a lora_{side.upper()}")
 
 
 def _kind(name: str) -> str:
@@ -198,7 +238,7 @@ class _Assembler:
     """Puts the pairs of an adapter in their places, scaled."""
 
     def __init__(
-        self, config: ModelConfig, adapter_config: AdapterConfig, places: Mapping[str, Place], base_rows: BaseRows
+        self, config: ModelConfig, adapter_config: AdapterConfig, places: Mapping[str, PairPlace], base_rows: BaseRows
     ) -> None:
         self._config, self._adapter_config = config, adapter_config
         self._places, self._base_rows = places, base_rows
@@ -208,9 +248,15 @@ class _Assembler:
         layers: list[dict[str, Parts]] = [{} for _ in products]
         embedding: LowRank | None = None
         lm_head: Parts = ()
+        experts = _ExpertParts(layers)
         for module, pair in pairs.items():
             place = self._places[module]
-            if isinstance(place, ProductPlace):
+            if isinstance(place, ExpertPlace):
+                experts.add(module, place, self._scaled(module, pair, place.shape, has_bias=True))
+            elif isinstance(place, ParameterPlace):
+                scaled = self._scaled(module, pair, place.shape, has_bias=True, num_experts=place.num_experts)
+                experts.add_all(module, place, scaled)
+            elif isinstance(place, ProductPlace):
                 none = (None,) * len(products[place.layer][place.product].outputs)
                 parts = list(layers[place.layer].get(place.product, none))
                 scaled = self._scaled(module, pair, place.shape, self._has_bias(place.product))
@@ -220,18 +266,26 @@ class _Assembler:
                 lm_head = (self._scaled(module, pair, place, has_bias=False),)
             else:
                 embedding = self._scaled(module, pair, AdaptedProduct(place.num_outputs, (place.num_inputs,)), True)
+        if self._config.experts is not None:
+            experts.join(self._config.experts.num_experts)
         return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
 
     def _has_bias(self, product: str) -> bool:
         config = self._config
         return {"qkv": config.qkv_bias, "o": config.o_bias}.get(product, config.mlp_bias)
 
-    def _scaled(self, module: str, pair: Mapping[str, torch.Tensor], shape: AdaptedProduct, has_bias: bool) -> LowRank:
-        """The pair with the scaling in b, float32."""
-        for side, other in (("a", "lora_B"), ("b", "lora_A")):
-            if side not in pair:
-                raise AdapterError(f"module {module}: has a {other} without a lora_{side.upper()}")
-        a, b, rank = pair["a"], pair["b"], self._adapter_config.rank_of(module)
+    def _scaled(
+        self,
+        module: str,
+        pair: Mapping[str, torch.Tensor],
+        shape: AdaptedProduct,
+        has_bias: bool,
+        num_experts: int = 1,
+    ) -> LowRank:
+        """The pair with the scaling in b, float32. has_bias: it takes no magnitude; num_experts: whose pairs are
+        in it."""
+        _check_whole(module, pair)
+        a, b, rank = pair["a"], pair["b"], num_experts * self._adapter_config.rank_of(module)
         if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
             raise AdapterError(
                 f"module {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)}, by the model and the "
@@ -245,7 +299,9 @@ class _Assembler:
     def _with_magnitude(self, module: str, pair: LowRank, magnitude: torch.Tensor, has_bias: bool) -> LowRank:
         """Each row of W + b a gets the length that the magnitude says; arXiv:2402.09353."""
         if has_bias:
-            raise AdapterError(f"module {module}: DoRA of embeddings and of modules with biases is not supported")
+            raise AdapterError(
+                f"module {module}: DoRA of embeddings, routed experts and modules with biases is not supported"
+            )
         weight = self._base_rows(f"{module}.weight", None)
         if weight is None or magnitude.shape != pair.b.shape[:1]:
             raise AdapterError(f"module {module}: DoRA needs the model's plain weight, with a magnitude for each row")
@@ -254,6 +310,35 @@ class _Assembler:
         if not torch.isfinite(row_scale).all():
             raise AdapterError(f"module {module}: a row of the changed weight is zero")
         return LowRank(pair.a, pair.b * row_scale[:, None], row_scale)
+
+
+class _ExpertParts:
+    """Gathers the pairs of routed experts in the products of layers, each of which one form of pairs may change."""
+
+    def __init__(self, layers: list[dict[str, Parts]]) -> None:
+        self._layers = layers
+        self._single: dict[tuple[int, str], tuple[dict[int, LowRank], ...]] = {}
+
+    def add(self, module: str, place: ExpertPlace, pair: LowRank) -> None:
+        self._check_new(module, place)
+        num_parts = 2 if place.product == "expert_gate_up" else 1
+        parts = self._single.setdefault((place.layer, place.product), tuple({} for _ in range(num_parts)))
+        parts[place.part][place.expert] = pair
+
+    def add_all(self, module: str, place: ParameterPlace, pair: LowRank) -> None:
+        self._check_new(module, place)
+        self._layers[place.layer][place.product] = parts_of_parameter(pair.a, pair.b, place)
+
+    def join(self, num_experts: int) -> None:
+        """After the last pair."""
+        for (layer, product), parts in self._single.items():
+            self._layers[layer][product] = tuple(joined(part, num_experts) if part else None for part in parts)
+
+    def _check_new(self, module: str, place: ExpertPlace | ParameterPlace) -> None:
+        of_all = place.product in self._layers[place.layer]
+        of_one = isinstance(place, ParameterPlace) and (place.layer, place.product) in self._single
+        if of_all or of_one:
+            raise AdapterError(f"module {module}: experts have pairs of their own beside one for all of them")
 
 
 def _cut(pair: LowRank, shape: AdaptedProduct) -> list[LowRank | None]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from baton import kernels
-from baton.models.adapters.adapter import Adapter, LowRank, Parts, layer_products
+from baton.models.adapters.adapter import Adapter, LowRank, Parts, expert_products, layer_products
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
@@ -35,10 +35,13 @@ NO_SLOT = -1
 class PlacedPair(NamedTuple):
     """A pair, and the first of the product's outputs that it adds to."""
 
-    a: torch.Tensor  # [rank, inputs]
-    b: torch.Tensor  # [outputs, rank]
+    a: torch.Tensor  # [rank, inputs]; of routed experts [experts, rank, inputs]
+    b: torch.Tensor  # [outputs, rank]; of routed experts [experts, outputs, rank]
     first_output: int
     row_scale: torch.Tensor | None  # [outputs]
+
+    def of_expert(self, expert: int) -> PlacedPair:
+        return self._replace(a=self.a[expert], b=self.b[expert])
 
     def add(self, rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         end = self.first_output + self.b.shape[0]
@@ -83,6 +86,17 @@ class RowAdapters:
         for adapter, rows in self.groups:
             for pair in adapter.layers[layer].get(product, ()):
                 pair.add(rows, x, y)
+        return y
+
+    def add_to_expert(
+        self, layer: int, product: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
+        """kernels.AddedToExpert in a layer. The rows of x and y are those of `tokens`; expert: among the rank's."""
+        for adapter, rows in self.groups:
+            if pairs := adapter.layers[layer].get(f"expert_{product}"):
+                own = torch.isin(tokens, rows).nonzero().flatten()
+                for pair in pairs:
+                    pair.of_expert(expert).add(own, x, y)
         return y
 
     def norm(
@@ -139,7 +153,8 @@ class CpuAdapterSlots:
         self._config, self._dtype, self._max_rank, self._peers = config, dtype, max_rank, peers
         self._layers = stage.layers(config.num_layers)
         shapes = describe(config, peers.rank, stage) if num_slots else ()
-        self._products = tuple(layer_products(shape, config.hidden_size) for shape in shapes)
+        hidden = config.hidden_size
+        self._products = tuple(layer_products(shape, hidden) | expert_products(shape, hidden) for shape in shapes)
         self._slots: list[CpuAdapter | None] = [None] * num_slots
 
     def prepare(self, adapter: Adapter) -> FlatAdapter:

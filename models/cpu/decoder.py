@@ -152,7 +152,9 @@ class _StepOps:
         logits = mlp.router(x.float())
         experts, weights = kernels.route(logits, mlp.correction, shape.routing)
         of_expert = activation if shape.clamped is None else partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
-        added = kernels.apply_experts(x, experts, weights, mlp.gate_up, mlp.down, of_expert, shape.experts.start)
+        added_to = partial(self._adapters.add_to_expert, self._layer)
+        products, first = (mlp.gate_up, mlp.down), shape.experts.start
+        added = kernels.apply_experts(x, experts, weights, *products, of_expert, first, added_to)
         if mlp.shared is not None:
             shared = self._dense_mlp(mlp.shared, x, activation)
             added += shared if mlp.shared_gate is None else shared * mlp.shared_gate(x).sigmoid()

@@ -15,7 +15,7 @@ import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
 from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
-from baton.models.adapters.adapter import PRODUCTS, Adapter, Parts, layer_products
+from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, Parts, layer_products
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
 from baton.models.layers import describe
@@ -214,6 +214,11 @@ class BankSlots:
             )
         if any(pair.row_scale is not None for pair in adapter.pairs):
             raise AdapterError("has magnitudes (DoRA), which only a CPU computes with")
+        if experts := _expert_bytes(adapter, self.bank.numbers.dtype):
+            raise AdapterError(
+                f"adapts routed experts, which only a CPU computes with: their pairs are {experts:,} bytes, a slot has "
+                f"{self.bank.numbers[0].nbytes:,} and room for none of them"
+            )
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))
@@ -261,6 +266,13 @@ class BankSlots:
     def _host_memory(self, count: int) -> torch.Tensor:
         dtype = self.bank.numbers.dtype
         return self._copies.host_buffer(-(-count * dtype.itemsize // 4)).view(dtype)[:count]
+
+
+def _expert_bytes(adapter: Adapter, dtype: torch.dtype) -> int:
+    """Of all pairs of routed experts."""
+    parts = (part for layer in adapter.layers for name in EXPERT_PRODUCTS for part in layer.product(name))
+    tensors = {id(tensor): tensor for part in parts if part is not None for tensor in part.tensors}
+    return sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
 
 
 def _put(parts: Parts, site: BankSite, rank: int, numbers: torch.Tensor) -> None:

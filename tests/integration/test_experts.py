@@ -61,8 +61,12 @@ def made(tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
 
 @pytest.fixture
 def adapted(made, tmp_path: Path) -> peft.PeftModel:  # type: ignore[no-untyped-def]
-    """The model with random adapters of its attention, saved in a folder for each."""
-    config = peft.LoraConfig(r=4, target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"])
+    """The model with random adapters of its attention and routed experts, saved in a folder for each."""
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
     model = peft.get_peft_model(made[1], config, ADAPTERS[0])
     model.add_adapter(ADAPTERS[1], config)
     for name, parameter in model.named_parameters():

@@ -116,6 +116,10 @@ FIELDS = {
     "rank that is no number": ({"rank_pattern": {"q_proj": "8"}}, "'rank_pattern' must be"),
     "endless alpha": ({"lora_alpha": float("inf")}, "'lora_alpha' must be"),
     "slow pattern": ({"alpha_pattern": {"(a+)+b": 1}}, "no pattern of module names"),
+    "a parameter that is not of experts": (
+        {"target_parameters": ["mlp.experts.down_proj", "mlp.gate.weight"]},
+        "'target_parameters' must be names that end in gate_up_proj or down_proj",
+    ),
     "broken pattern": ({"alpha_pattern": {"(": 1}}, "no pattern of module names"),
 }
 
@@ -132,13 +136,13 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "module", "expected"),
     [
-        ("mixtral", "block_sparse_moe.experts.1.w2", "belongs to routed experts"),
+        ("mixtral", "block_sparse_moe.experts.2.w2", "names no projection of a routed expert"),
         ("mixtral", "block_sparse_moe.gate", "is a router"),
         ("mixtral", "mlp.gate", "is a router"),
         ("gpt_oss", "mlp.router", "is a router"),
-        ("qwen2_moe", "mlp.experts.3.gate_proj", "belongs to routed experts"),
-        ("qwen2_moe", "mlp.experts", "belongs to routed experts"),
-        ("qwen2_moe", "mlp.experts.base_layer", "belongs to routed experts"),
+        ("qwen2_moe", "mlp.experts.1.w1", "names no projection of a routed expert"),
+        ("gpt_oss", "mlp.experts.1.gate_proj", "names no projection of a routed expert"),
+        ("qwen2_moe", "mlp.experts.base_layer.base_layer", "names no projection of a routed expert"),
         ("qwen2_moe", "mlp.gate", "is a router"),
         ("qwen2_moe", "mlp.shared_expert_gate", "is the gate of a shared expert"),
         ("qwen2_moe", "mlp.up_proj", "this model has no module"),
@@ -149,13 +153,42 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_modules_that_are_not_adapted_are_refused_by_name(
     family: str, module: str, expected: str, make_model: Callable[..., Made], tmp_path: Path
 ) -> None:
-    """Guards against experts and routers without what an adapter adds to them: by names of files, of PEFT for modules,
-    and of PEFT for parameters."""
+    """Guards against experts and routers without what an adapter adds to them: by names of files, and of PEFT."""
     few = {"num_hidden_layers": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
     config = ModelConfig.from_folder(make_model(family, **LATENT | few).folder)
     name = f"base_model.model.model.layers.0.{module}.lora_A.weight"
     with pytest.raises(AdapterError, match=f"tensor {name}: {expected}"):
         read_adapter(write(tmp_path, {name: torch.ones(8, HIDDEN)}), config)
+
+
+EXPERTS = "base_model.model.model.layers.0.mlp.experts."
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"": (16, 48, 96)}, r"module model.layers.0.mlp.experts: a pair from 48 inputs to 96 outputs .* fits no"),
+        ({"": (12, 48, 160)}, r"experts.gate_up_proj: lora_A \[12, 48\] and lora_B \[160, 12\].* \[16, 48\]"),
+        ({"": (16, 80, 48), "base_layer.": (16, 80, 48)}, "experts.base_layer: a pair .* is there twice"),
+        ({"": (16, 80, 48), "1.down_proj.": (8, 80, 48)}, "pairs of their own beside one for all"),
+        ({"1.down_proj.": (4, 80, 48)}, r"experts.1.down_proj: lora_A \[4, 80\]"),
+    ],
+)
+def test_pairs_of_experts_of_other_shapes_are_refused(
+    tensors: dict[str, tuple[int, int, int]], expected: str, make_model: Callable[..., Made], tmp_path: Path
+) -> None:
+    """Guards against numbers of one expert at another: the names of parameters say less than those of modules."""
+    config = ModelConfig.from_folder(
+        make_model(
+            "qwen3_moe", num_hidden_layers=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=80
+        ).folder
+    )
+    written = {}
+    for name, (ranks, inputs, outputs) in tensors.items():
+        written[f"{EXPERTS}{name}lora_A.weight"] = torch.ones(ranks, inputs)
+        written[f"{EXPERTS}{name}lora_B.weight"] = torch.ones(outputs, ranks)
+    with pytest.raises(AdapterError, match=expected):
+        read_adapter(write(tmp_path, written), config)
 
 
 @pytest.mark.parametrize("name", FIELDS)

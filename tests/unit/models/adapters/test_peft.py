@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from itertools import product
+
+import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from baton.models.adapters.base_rows import rows_of_folder
 from baton.models.adapters.peft import read_adapter
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
-from baton.node.errors import AdapterError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.rank_threads import RankThreads
+from baton.tests.unit.models.adapters.conftest import MadeAdapter
 from baton.tests.unit.models.conftest import LATENT
 from baton.tests.unit.models.cpu.test_stages import Pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore:The following .*_pattern keys"
+)
 GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = "all-linear"
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ADAPTERS = {
     "all linear modules": ("llama", {}, {"target_modules": ALL, "r": 8}),
@@ -82,6 +91,25 @@ ADAPTERS = {
         "gpt_oss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
         {"target_modules": ATTENTION},
+    ),
+    "experts as parameters": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"target_parameters": BOTH},
+    ),
+    "gates of experts, scaled by patterns": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        {
+            "target_parameters": BOTH[:1],
+            "rank_pattern": {r".*\.gate_up_proj": 7},
+            "alpha_pattern": {r".*\.gate_up_proj": 3},
+        },
+    ),
+    "experts behind a dense layer, beside a shared one": (
+        "deepseek_v3",
+        LATENT | {"head_dim": 16},
+        {"target_modules": ["o_proj"], "target_parameters": BOTH, "r": 2},
     ),
     "latent attention, magnitudes (DoRA)": (
         "deepseek_v2",
@@ -217,6 +245,7 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("shared experts, a dense layer", 2),
         ("latent attention, magnitudes (DoRA)", 2),
         ("latent attention, queries with a latent", 4),
+        ("experts behind a dense layer, beside a shared one", 2),
     ],
 )
 def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, sequences, prompt):
@@ -269,12 +298,40 @@ def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prom
     assert logits_of(adapter.model, known, 6).argmax(-1).tolist() == known[len(prompt) :]
 
 
-def test_experts_that_peft_adapts_as_parameters_are_refused(make_model, make_adapter):
-    """Guards against an adapter without what it adds to experts: transformers has theirs in one parameter a layer."""
-    made = make_model("qwen3_moe", **EXPERTS)
-    adapter = make_adapter(made.reference, target_modules=ATTENTION, target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(AdapterError, match="'target_parameters' is not supported"):
-        read_adapter(adapter.folder, ModelConfig.from_folder(made.folder))
+def test_pairs_of_single_experts_equal_what_peft_makes_of_them(make_model, sequences, prompt, tmp_path):
+    """Folders from before transformers 5 name each expert's projections. Guards against a pair at another expert, and
+    against tokens with experts of the adapter of a row beside them."""
+    made = make_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    expected = []
+    for seed in (1, 2):
+        folder, generator = tmp_path / f"old{seed}", torch.Generator().manual_seed(seed)
+        folder.mkdir()
+        tensors = {}
+        for layer, expert, (name, outputs, inputs) in product(
+            range(3), range(4), (("w1", 80, 48), ("w3", 80, 48), ("w2", 48, 80))
+        ):
+            module = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}."
+            tensors[f"{module}lora_A.weight"] = torch.randn(4, inputs, generator=generator) * 0.15
+            tensors[f"{module}lora_B.weight"] = torch.randn(outputs, 4, generator=generator) * 0.15
+        save_file(tensors, folder / "adapter_model.safetensors")
+        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(made.reference), folder).eval()
+        expected.append(MadeAdapter(folder, model))
+    slots = Slots(made.folder, expected, sequences, 3)
+    models = {0: expected[0].model, 1: expected[1].model, None: made.reference}
+    known = [list(prompt) for _ in models]
+    for step in range(6):
+        news = known if step == 0 else [tokens[-1:] for tokens in known]
+        rows = [
+            slots.prompt_row(index, new, slot, len(tokens) - len(new))
+            for index, (new, slot, tokens) in enumerate(zip(news, models, known, strict=True))
+        ]
+        for tokens, row in zip(known, slots.runner.compute(rows)[1], strict=True):
+            tokens.append(int(row.argmax()))
+    for tokens, model in zip(known, models.values(), strict=True):
+        assert logits_of(model, tokens, 6).argmax(-1).tolist() == tokens[len(prompt) :]
+    assert len({tuple(tokens) for tokens in known}) == 3, "an adapter changes nothing"
 
 
 def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):

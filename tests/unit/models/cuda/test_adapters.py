@@ -175,6 +175,9 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
     with pytest.raises(AdapterError, match="head by pairs"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
+    experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
+    with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):
+        prepare(Adapter(b"", (LayerAdapter(expert_down=(experts,)),)))
     with pytest.raises(AdapterError, match="room with --lora-modules-to-save"):
         prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
