@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.device_pool import PoolMemory
-from baton.kvtransfer.planes.nccl import Pieces, PipeState
+from baton.kvtransfer.planes.pipe import Pieces, PipeState
 from baton.kvtransfer.planes.rendezvous import TunnelStore
 from baton.kvtransfer.planes.self_test import SelfTest
 

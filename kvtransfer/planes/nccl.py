@@ -6,8 +6,8 @@ cancelled at once; what was agreed is issued at both ends in one order, and happ
 for `stall_s` is aborted at both ends and its blocks stay held until nothing can touch them; the next send opens a new
 connection.
 
-The plane itself touches no GPU and issues no NCCL call: `Connector` and `Pipe` do (communicator.py), in threads of
-their own; a fake pair passes the same contract on CPU, and fails if order or size differ at the two ends.
+The plane itself touches no GPU and issues no NCCL call: a `Connector` and its pipes do (pipe.py, communicator.py), in
+threads of their own; a fake pair passes the same contract on CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Protocol
 
 from baton.kvtransfer.blocks.runs import common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
@@ -35,6 +33,7 @@ from baton.kvtransfer.planes.channel import (
     StorePut,
 )
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
+from baton.kvtransfer.planes.pipe import Connector, Pipe, PipeOperation, PipeState
 from baton.node.addresses import LOOPBACK, ListenHost, is_address, is_loopback
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
@@ -45,79 +44,8 @@ logger = logging.getLogger("kvtransfer.nccl")
 
 PACK_BELOW_BYTES = 1 << 20
 """Pieces that are smaller on average travel packed: one NCCL call costs tens of microseconds."""
-MAX_EARLY_ASKS = 4096
+MAX_EARLY_REQUESTS = 4096
 FAREWELL_MS = 200
-
-
-class PipeState(Enum):
-    OPENING = auto()
-    READY = auto()
-    BROKEN = auto()
-
-
-class PipeOperation(Protocol):
-    """One issued movement."""
-
-    @property
-    def done(self) -> bool:
-        """It touches the pool no more, and every byte was moved unless the pipe broke."""
-        ...
-
-
-Pieces = Sequence[tuple[int, int]]
-"""Of the local pool: (first block, number of blocks) each."""
-
-
-class Pipe(Protocol):
-    """One communicator, used in one direction. No call waits."""
-
-    @property
-    def state(self) -> PipeState: ...
-
-    @property
-    def reason(self) -> str:
-        """Why it is broken."""
-        ...
-
-    def deliver(self, key: str, value: bytes) -> None:
-        """The peer's message for the rendezvous."""
-        ...
-
-    def send(self, pieces: Pieces, packed: bool) -> PipeOperation: ...
-
-    def receive(self, pieces: Pieces, packed: bool) -> PipeOperation: ...
-
-    def abort(self) -> None:
-        """Begin to end it, in a thread of its own; state is BROKEN from now on. May be repeated."""
-        ...
-
-    @property
-    def stopped(self) -> bool:
-        """After `abort`: nothing of it can touch the pool any more."""
-        ...
-
-
-class Connector(Protocol):
-    """Makes pipes over one pool."""
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    @property
-    def block_bytes(self) -> int: ...
-
-    @property
-    def device(self) -> str:
-        """What must differ between the two ends (a GPU), a colon, and what must be equal (the version of NCCL)."""
-        ...
-
-    def open(self, sending: bool, put: Callable[[str, bytes], None]) -> Pipe:
-        """Begin to make one; `put` carries a key and its value to the other end's `deliver`, from any thread."""
-        ...
-
-    def close(self, patience_s: float) -> None:
-        """Wait for the threads of all pipes, which are aborted."""
-        ...
 
 
 @dataclass(slots=True)
@@ -133,6 +61,7 @@ class _Move:
 
 @dataclass(slots=True)
 class _Connection:
+    id: bytes
     peer: str
     sending: bool
     pipe: Pipe
@@ -187,7 +116,7 @@ class NcclPlane:
         self._addresses: dict[str, PlaneAddress] = {}
         self._connections: dict[bytes, _Connection] = {}
         self._stopping: list[_Connection] = []
-        self._waiting: dict[str, deque[_Move]] = {}  # sends that were not requested for yet, by peer
+        self._waiting: dict[str, deque[_Move]] = {}  # sends that were not requested yet, by peer
         self._outbox: queue.SimpleQueue[tuple[bytes, str, bytes]] = queue.SimpleQueue()  # by threads of pipes
 
     def describe(self) -> PlaneAddress:
@@ -215,7 +144,7 @@ class NcclPlane:
             self._addresses[peer] = address
             log_event(logger, "plane_connected", plane=self.name, peer=peer)
             if self._warm:
-                self._open_way(peer)
+                self._open(peer)
 
     def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
         check_posting(self._connector.num_blocks, blocks)
@@ -223,7 +152,7 @@ class NcclPlane:
             self._ledger.end_send(key, "the peer is not connected")
             return
         self._waiting.setdefault(peer, deque()).append(_Move(key, tuple(blocks)))
-        self._ask(peer)
+        self._request(peer)
 
     def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
         check_posting(self._connector.num_blocks, blocks, source)
@@ -237,10 +166,10 @@ class NcclPlane:
                 self._channel.send(connection.peer, StorePut(connection_id, key, value))
         for peer, message in self._channel.receive():
             self._on_message(peer, message)
-        for connection_id, connection in list(self._connections.items()):
-            self._advance(connection_id, connection)
+        for connection in list(self._connections.values()):
+            self._advance(connection)
         for peer in [peer for peer, moves in self._waiting.items() if moves]:
-            self._ask(peer)
+            self._request(peer)
         self._stopping = [connection for connection in self._stopping if not self._reap(connection)]
         return self._ledger.report()
 
@@ -266,12 +195,8 @@ class NcclPlane:
         """Abort every connection to and from it. What was issued fails as soon as nothing can touch its blocks."""
         for move in self._waiting.pop(peer, ()):
             self._ledger.end_send(move.key, "the peer is gone")
-        for connection_id, connection in [
-            (connection_id, connection)
-            for connection_id, connection in self._connections.items()
-            if connection.peer == peer
-        ]:
-            self._break(connection_id, connection, "the peer is gone", level=logging.INFO)
+        for connection in [each for each in self._connections.values() if each.peer == peer]:
+            self._break(connection, "the peer is gone", level=logging.INFO)
         self._ledger.forget(peer, but={move.key for connection in self._stopping for move in connection.issued})
         self._channel.disconnect(peer, FAREWELL_MS)
         self._addresses.pop(peer, None)
@@ -299,46 +224,39 @@ class NcclPlane:
 
     # -- connections
 
-    def _open_way(self, peer: str) -> _Connection:
-        connection_id = secrets.token_bytes(16)
-        connection = self._connections[connection_id] = self._new_way(connection_id, peer, sending=True)
-        self._channel.send(peer, Open(connection_id))
+    def _open(self, peer: str) -> None:
+        """Open a connection to it."""
+        connection = self._add(secrets.token_bytes(16), peer, sending=True)
+        self._channel.send(peer, Open(connection.id))
+
+    def _add(self, connection_id: bytes, peer: str, sending: bool) -> _Connection:
+        pipe = self._connector.open(sending, lambda key, value: self._outbox.put((connection_id, key, value)))
+        connection = _Connection(connection_id, peer, sending, pipe, self._clock())
+        self._connections[connection_id] = connection
         return connection
 
-    def _new_way(self, connection_id: bytes, peer: str, sending: bool) -> _Connection:
-        pipe = self._connector.open(sending, lambda key, value: self._outbox.put((connection_id, key, value)))
-        return _Connection(peer, sending, pipe, self._clock())
+    def _outgoing(self, peer: str) -> _Connection | None:
+        return next((each for each in self._connections.values() if each.sending and each.peer == peer), None)
 
-    def _outgoing(self, peer: str) -> tuple[bytes, _Connection] | None:
-        connections = self._connections.items()
-        return next(
-            (
-                (connection_id, connection)
-                for connection_id, connection in connections
-                if connection.sending and connection.peer == peer
-            ),
-            None,
-        )
-
-    def _advance(self, connection_id: bytes, connection: _Connection) -> None:
+    def _advance(self, connection: _Connection) -> None:
         """End what has ended, and break the connection if it is broken or makes no progress."""
         now = self._clock()
         if connection.pipe.state is PipeState.BROKEN:
-            self._break(connection_id, connection, connection.pipe.reason)
+            self._break(connection, connection.pipe.reason)
             return
         if connection.pipe.state is PipeState.OPENING:
             if now - connection.progress_at > self._open_s:
-                self._break(connection_id, connection, f"no communicator after {self._open_s} s")
+                self._break(connection, f"no communicator after {self._open_s} s")
             return
         if not connection.was_ready:
             connection.was_ready, connection.progress_at = True, now
-        while connection.early and connection_id in self._connections:
-            self._on_request(connection_id, connection, connection.early.popleft())
+        while connection.early and connection.id in self._connections:
+            self._on_request(connection, connection.early.popleft())
         while connection.issued and connection.issued[0].operation is not None and connection.issued[0].operation.done:
             self._end(connection, connection.issued.popleft(), "")
             connection.progress_at = now
         if connection.busy and now - connection.progress_at > self._stall_s:
-            self._break(connection_id, connection, f"nothing moved for {self._stall_s} s")
+            self._break(connection, f"nothing moved for {self._stall_s} s")
 
     def _end(self, connection: _Connection, move: _Move, reason: str) -> None:
         if move.cancelled:
@@ -349,13 +267,15 @@ class NcclPlane:
             self._sources.pop(move.key, None)
             self._ledger.end_receive(move.key, reason)
 
-    def _break(self, connection_id: bytes, connection: _Connection, reason: str, level: int = logging.WARNING) -> None:
-        """Abort it here and request the peer to do the same. Asks without an answer fail; what was issued waits for
-        the end of the abort. Sends that were not requested for stay, for a new connection, unless none can be made."""
-        del self._connections[connection_id]
-        self._channel.send(connection.peer, Close(connection_id))
+    def _break(self, connection: _Connection, reason: str, level: int = logging.WARNING) -> None:
+        """Abort it here and have the peer do the same. Requests without an answer fail; what was issued waits for
+        the end of the abort. Sends that were not requested stay, for a new connection, unless none can be made."""
+        del self._connections[connection.id]
+        self._channel.send(connection.peer, Close(connection.id))
         connection.pipe.abort()
-        log_event(logger, "way_broken", level=level, peer=connection.peer, sending=connection.sending, reason=reason)
+        log_event(
+            logger, "connection_broken", level=level, peer=connection.peer, sending=connection.sending, reason=reason
+        )
         while connection.requested:
             self._end(connection, connection.requested.popleft(), reason)
         if connection.sending and not connection.was_ready:
@@ -373,17 +293,16 @@ class NcclPlane:
 
     # -- sending
 
-    def _ask(self, peer: str) -> None:
+    def _request(self, peer: str) -> None:
         """Request every waiting send, in order; without a connection one is opened."""
-        found = self._outgoing(peer)
-        if found is None:
-            self._open_way(peer)
+        connection = self._outgoing(peer)
+        if connection is None:
+            self._open(peer)
             return
-        connection_id, connection = found
         if connection.pipe.state is not PipeState.READY:
             return
         waiting = self._waiting.get(peer, deque())
-        while waiting and self._channel.send(peer, self._request_for(connection_id, connection, waiting[0])):
+        while waiting and self._channel.send(peer, self._request_for(connection, waiting[0])):
             move = waiting.popleft()
             if not connection.busy:
                 connection.progress_at = self._clock()
@@ -391,16 +310,15 @@ class NcclPlane:
             connection.next_number += 1
             connection.requested.append(move)
 
-    def _request_for(self, connection_id: bytes, connection: _Connection, move: _Move) -> SendRequest:
+    def _request_for(self, connection: _Connection, move: _Move) -> SendRequest:
         key, size = move.key, self._connector.block_bytes
-        return SendRequest(
-            connection_id, connection.next_number, key.transfer_id, key.seq, key.retry, len(move.blocks), size
-        )
+        number, num_blocks = connection.next_number, len(move.blocks)
+        return SendRequest(connection.id, number, key.transfer_id, key.seq, key.retry, num_blocks, size)
 
-    def _on_answer(self, connection_id: bytes, connection: _Connection, answer: SendGranted | SendRefused) -> None:
-        """Answers come in the order of the asks: anything else means that messages were lost."""
+    def _on_answer(self, connection: _Connection, answer: SendGranted | SendRefused) -> None:
+        """Answers come in the order of the requests: anything else means that messages were lost."""
         if not connection.requested or connection.requested[0].number != answer.number:
-            self._break(connection_id, connection, f"answer {answer.number} is out of order")
+            self._break(connection, f"answer {answer.number} is out of order")
             return
         move = connection.requested.popleft()
         connection.progress_at = self._clock()
@@ -410,7 +328,7 @@ class NcclPlane:
         pieces = cut(move.blocks, answer.lengths)
         if pieces is None or connection.pipe.state is not PipeState.READY:
             connection.requested.appendleft(move)
-            self._break(connection_id, connection, "the peer's pieces do not fit")
+            self._break(connection, "the peer's pieces do not fit")
             return
         move.operation = connection.pipe.send(pieces, answer.packed)
         connection.issued.append(move)
@@ -431,26 +349,26 @@ class NcclPlane:
             case StorePut():
                 connection.pipe.deliver(message.key, message.value)
             case Close():
-                self._break(message.connection, connection, "closed by the peer", level=logging.INFO)
+                self._break(connection, "closed by the peer", level=logging.INFO)
             case SendRequest() if not connection.sending:
-                if len(connection.early) < MAX_EARLY_ASKS:
+                if len(connection.early) < MAX_EARLY_REQUESTS:
                     connection.early.append(message)
-                    self._advance(message.connection, connection)
+                    self._advance(connection)
             case SendGranted() | SendRefused() if connection.sending:
-                self._on_answer(message.connection, connection, message)
+                self._on_answer(connection, message)
             case _:
-                self._break(message.connection, connection, "a message in the wrong direction")
+                self._break(connection, "a message in the wrong direction")
 
     def _on_open(self, peer: str, connection_id: bytes) -> None:
         """A peer has one connection to us: an older one is broken, though its Close was lost."""
-        for old_id, old in [(i, w) for i, w in self._connections.items() if w.peer == peer and not w.sending]:
-            self._break(old_id, old, "the peer opens a new connection")
-        self._connections[connection_id] = self._new_way(connection_id, peer, sending=False)
+        for old in [each for each in self._connections.values() if each.peer == peer and not each.sending]:
+            self._break(old, "the peer opens a new connection")
+        self._add(connection_id, peer, sending=False)
 
-    def _on_request(self, connection_id: bytes, connection: _Connection, request: SendRequest) -> None:
+    def _on_request(self, connection: _Connection, request: SendRequest) -> None:
         """Issue the receive and grant the send, or refuse it; the order of SendGranted is the order of the receives."""
         if request.number != connection.next_number:
-            self._break(connection_id, connection, f"request {request.number} is out of order")
+            self._break(connection, f"request {request.number} is out of order")
             return
         connection.next_number += 1
         key = ChunkKey(request.transfer_id, request.seq, request.retry)
@@ -464,7 +382,7 @@ class NcclPlane:
             refusal = "size"
         if receive is None or refusal:
             self.dropped[refusal] += 1
-            self._answer(connection_id, connection, SendRefused(connection_id, request.number))
+            self._answer(connection, SendRefused(connection.id, request.number))
             return
         runs = common_runs(self._sources.pop(key), receive.blocks)
         packed = len(runs) > 1 and len(receive.blocks) * self._connector.block_bytes < PACK_BELOW_BYTES * len(runs)
@@ -472,12 +390,9 @@ class NcclPlane:
             connection.progress_at = self._clock()
         operation = connection.pipe.receive([(run.target, run.length) for run in runs], packed)
         connection.issued.append(_Move(key, receive.blocks, request.number, operation))
-        self._answer(
-            connection_id,
-            connection,
-            SendGranted(connection_id, request.number, tuple(run.length for run in runs), packed),
-        )
+        lengths = tuple(run.length for run in runs)
+        self._answer(connection, SendGranted(connection.id, request.number, lengths, packed))
 
-    def _answer(self, connection_id: bytes, connection: _Connection, message: SendGranted | SendRefused) -> None:
+    def _answer(self, connection: _Connection, message: SendGranted | SendRefused) -> None:
         if not self._channel.send(connection.peer, message):
-            self._break(connection_id, connection, "the answer cannot be sent")
+            self._break(connection, "the answer cannot be sent")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.planes.nccl import Pieces, PipeState
+from baton.kvtransfer.planes.pipe import Pieces, PipeState
 
 
 @dataclass
