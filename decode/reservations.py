@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.worker.parts import Parts
 from baton.worker.sequence import Sequence

@@ -24,7 +24,7 @@ from baton.decode.settings import DecodeSettings, DecodeSizes
 from baton.decode.speculation import Speculation
 from baton.decode.step_meter import StepMeter
 from baton.kvtransfer.blocks.manager import OutOfBlocks
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
 from baton.models.batch import Drawn
 from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey

@@ -7,7 +7,7 @@ says that the transfer touches them no more. It knows no decode and no HTTP.
 from __future__ import annotations
 
 from baton.kvtransfer.blocks.manager import OutOfBlocks
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters
 from baton.node.leg import LegKey

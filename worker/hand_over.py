@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.kvtransfer.protocol.exchange import SenderEnded
+from baton.kvtransfer.protocol.events import SenderEnded
 from baton.models.batch import Drawn
 from baton.node.leg import LegKey
 from baton.node.messages.control import Cancel, Failed, HandedOver, Prefill

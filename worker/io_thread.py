@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
-from baton.kvtransfer.protocol.exchange import Event, TransferExchange
+from baton.kvtransfer.protocol.events import Event
+from baton.kvtransfer.protocol.exchange import TransferExchange
 from baton.kvtransfer.store.events import StoreEvent
 from baton.node.counters import TransferCounters
 from baton.node.line import Line

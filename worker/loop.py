@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters, values

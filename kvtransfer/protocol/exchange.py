@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain
 
 from baton.kvtransfer.planes.base import IoDone, Plane
+from baton.kvtransfer.protocol.events import Event, KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.protocol.pairs import Pairs, PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming, Receiver
 from baton.kvtransfer.protocol.sender import Sender
@@ -53,45 +54,6 @@ from baton.node.messages.transfer import (
 )
 
 LOOK_AT_PAIRS_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class SenderEnded:
-    """The sent blocks are touched no more."""
-
-    leg: LegKey
-    ok: bool
-    reason: str
-    sent_blocks: int
-    transfer_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class KvArrived:
-    """Every block of the transfer has arrived and is verified."""
-
-    transfer_id: bytes
-    token_id: int
-    logprob: Logprob | None
-    at: float
-    """When that was, on this worker's clock."""
-    wait_s: float
-    """Since prefill drew the first token: nothing was in motion."""
-    transfer_s: float
-    """After that, until it had arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverEnded:
-    """A transfer ended without arriving; its blocks are touched no more."""
-
-    transfer_id: bytes
-    reason: str
-    cancelled: bool = False
-    """One of the two sides called it off, and nothing went wrong: that side answers for it."""
-
-
-Event = SenderEnded | KvArrived | ReceiverEnded
 
 
 @dataclass(frozen=True, slots=True)

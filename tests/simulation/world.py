@@ -21,7 +21,8 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.protocol.exchange import ChunkLimits, KvArrived, ReceiverEnded, SenderEnded, TransferExchange
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.kvtransfer.protocol.transfer import Timing

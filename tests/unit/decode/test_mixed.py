@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from baton.decode.role import DecodeRole
 from baton.kvtransfer.blocks.hashing import block_hashes
-from baton.kvtransfer.protocol.exchange import ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import ReceiverEnded, SenderEnded
 from baton.node.leg import LegKey
 from baton.node.messages.control import (
     Busy,

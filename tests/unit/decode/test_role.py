@@ -14,7 +14,7 @@ from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
 from baton.node.membership import ProxyLost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.kvtransfer.protocol.exchange import KvArrived
+from baton.kvtransfer.protocol.events import KvArrived
 from baton.node.messages.control import Cancel
 from baton.tests.unit.decode.test_role import Bench
 from baton.tests.unit.kvtransfer.store.bench import World

@@ -20,7 +20,7 @@ from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
 from baton.models.drafts import num_accepted
 from baton.node.messages.control import (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from baton.kvtransfer.protocol.exchange import TransferCounters
+from baton.node.counters import TransferCounters
 from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
 from baton.node.sockets import Context

@@ -12,7 +12,7 @@ import pytest
 
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import SenderEnded
+from baton.kvtransfer.protocol.events import SenderEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
 from baton.node.leg import LegKey

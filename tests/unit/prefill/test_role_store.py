@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.kvtransfer.protocol.exchange import SenderEnded
+from baton.kvtransfer.protocol.events import SenderEnded
 from baton.node.messages.control import Cancel, HandedOver, Tokens
 from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store.bench import World

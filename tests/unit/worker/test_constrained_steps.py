@@ -12,7 +12,7 @@ import pytest
 from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import KvArrived
+from baton.kvtransfer.protocol.events import KvArrived
 from baton.models.batch import Drawn, Row
 from baton.node.counters import GrammarCounters
 from baton.node.messages.control import Bundle, Cancel, Failed, Grammar, Prefill, SamplingSpec, Tokens

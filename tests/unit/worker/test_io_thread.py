@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from baton.kvtransfer.blocks.events import EventLog
-from baton.kvtransfer.protocol.exchange import SenderEnded
+from baton.kvtransfer.protocol.events import SenderEnded
 from baton.node.counters import TransferCounters
 from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, PROXY_LEASE_S, Joined, Membership, ProxyLost

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.store.events import StoreClientDied
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters

@@ -18,7 +18,7 @@ from baton.decode.role import decode_loop
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.events import KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.node.leg import LegKey
 from baton.node.membership import ProxyLost

@@ -17,7 +17,8 @@ from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
-from baton.kvtransfer.protocol.exchange import ChunkLimits, Event, KvArrived, ReceiverEnded, TransferExchange
+from baton.kvtransfer.protocol.events import Event, KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.kvtransfer.reshard import Cut

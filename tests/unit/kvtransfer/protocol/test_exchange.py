@@ -14,14 +14,8 @@ from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
-from baton.kvtransfer.protocol.exchange import (
-    ChunkLimits,
-    Event,
-    KvArrived,
-    ReceiverEnded,
-    SenderEnded,
-    TransferExchange,
-)
+from baton.kvtransfer.protocol.events import Event, KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.node.credentials import Credentials
