@@ -45,7 +45,7 @@ def _consumer(
     FUSED: gl.constexpr, BIAS: gl.constexpr, GROUPS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 32])
-    STAGES_CHANGE: gl.constexpr = BLOCKS % GROUPS != 0  # from one group to another, see make_barriers
+    STAGES_CHANGE: gl.constexpr = BLOCKS % GROUPS != 0 and STAGES < 2 * BLOCKS  # see make_barriers
     EXACT: gl.constexpr = codes.dtype == gl.int8 and not (BLOCKED or RUNS)
     SUM_TYPE: gl.constexpr = gl.int32 if codes.dtype == gl.int8 else gl.float32
     pair_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, WIDTH], codes.dtype)

@@ -81,7 +81,7 @@ def _consumer(
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     X: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=SUMS, k_width=2)
-    STAGES_CHANGE: gl.constexpr = BLOCKS % CONSUMERS != 0  # from one group to another, see make_barriers
+    STAGES_CHANGE: gl.constexpr = BLOCKS % CONSUMERS != 0 and STAGES < 2 * BLOCKS  # see make_barriers
     PARTS: gl.constexpr = 4 * WIDTH // GROUP if 4 * WIDTH > GROUP else 1  # groups of a block
     PLACES: gl.constexpr = 4 // PARTS
     pair_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, WIDTH], gl.int16)

@@ -27,8 +27,9 @@ def make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
     """Of each stage: full, empty. Of the sums of groups of warps other than the first: done, free.
 
     A barrier has two phases: a group that came to a stage before what another group had there in the unit before has
-    arrived would find it full. So where blocks of a unit are no multiple of the groups, and stages go from one to
-    another, a group waits for `free` before a unit and not before it leaves its sums."""
+    arrived would find it full. So where blocks of a unit are no multiple of the groups, stages go from one to another,
+    and a stage may be in two units that follow one another, a group waits for `free` before a unit and not before it
+    leaves its sums."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ending = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
