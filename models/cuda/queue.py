@@ -153,7 +153,11 @@ class Upload:
         self._views = [buffer.numpy() for buffer in self._buffers]
         self._sent: list[QueueMark | None] = [None] * BUFFERS
         self._turn = 0
-        self.there = torch.zeros(capacity, dtype=torch.int32, device=queue.device)
+        self.there = torch.empty(capacity, dtype=torch.int32, device=queue.device)
+        queue.enqueue(self._clear)  # elsewhere it might run behind the first copy
+
+    def _clear(self) -> None:
+        self.there.zero_()
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Enqueue the copy; the arrays on the device, flat, in their order, until the next `send` has run."""

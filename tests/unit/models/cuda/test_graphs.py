@@ -95,6 +95,16 @@ def test_buffers_are_not_written_again_before_they_were_copied():
         upload.send((np.zeros(9, dtype=np.int32),))
 
 
+def test_memory_is_cleared_in_order_with_what_is_sent():
+    """Guards masks, whose memory is made beside running steps, against zeros that a GPU writes behind them."""
+    queue = LateQueue()
+    upload = Upload(queue, 8)
+    upload.there.fill_(7)
+    upload.send((np.arange(4, dtype=np.int32),))
+    queue.mark().wait()
+    assert upload.there.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 3)), max_size=30))
 def test_slots_agree_with_what_was_sent(steps):
     """Guards against a block table with blocks of the slot's earlier owner, or without its newest."""
