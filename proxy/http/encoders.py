@@ -18,12 +18,19 @@ from baton.proxy.http.events import (
     ChoiceText,
     Content,
     Event,
-    TokenLogprob,
     TokenUsage,
     chunks_of,
     join_events,
 )
 from baton.proxy.http.failures import Failure
+from baton.proxy.http.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptRanks,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_ranks,
+)
 
 COMPLETION = "text_completion"
 CHAT_CHUNK = "chat.completion.chunk"
@@ -61,50 +68,15 @@ class _Usage(msgspec.Struct):
     """Of chats."""
 
 
-class _CompletionLogprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class _Ranked(msgspec.Struct):
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-_PromptLogprobs = list[dict[str, _Ranked] | None] | msgspec.UnsetType
-"""vLLM's field; absent unless asked for."""
-
-
 class _CompletionChoice(msgspec.Struct):
     index: int
     text: str
-    logprobs: _CompletionLogprobs | None
+    logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: _StopReason
     token_ids: _Ids
     prompt_token_ids: _Ids
-    prompt_logprobs: _PromptLogprobs
-
-
-class _TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[_TopLogprob]
-
-
-class _ChatLogprobs(msgspec.Struct):
-    content: list[ChatLogprob]
-    refusal: None = None
+    prompt_logprobs: PromptRanks
 
 
 class _Function(msgspec.Struct, omit_defaults=True):
@@ -137,7 +109,7 @@ class _Delta(msgspec.Struct, omit_defaults=True):
 class _ChunkChoice(msgspec.Struct):
     index: int
     delta: _Delta
-    logprobs: _ChatLogprobs | None
+    logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: _StopReason = msgspec.UNSET
     token_ids: _Ids = msgspec.UNSET
@@ -155,11 +127,11 @@ class _ChatMessage(msgspec.Struct):
 class _ChatChoice(msgspec.Struct):
     index: int
     message: _ChatMessage
-    logprobs: _ChatLogprobs | None
+    logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: _StopReason = msgspec.UNSET
     token_ids: _Ids = msgspec.UNSET
-    prompt_logprobs: _PromptLogprobs = msgspec.UNSET
+    prompt_logprobs: PromptRanks = msgspec.UNSET
 
 
 _Choices = Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
@@ -238,7 +210,7 @@ class CompletionEncoder:
         return _failure(failure)
 
     def _choice(self, choice: ChoiceText) -> _CompletionChoice:
-        logprobs = _completion_logprobs(choice.logprobs) if self.header.logprobs else None
+        logprobs = completion_logprobs(choice.logprobs) if self.header.logprobs else None
         return _CompletionChoice(
             choice.index,
             choice.text,
@@ -247,7 +219,7 @@ class CompletionEncoder:
             _stop_reason(choice),
             _ids_of(self.header, choice),
             choice.prompt_ids or msgspec.UNSET,
-            _prompt_logprobs(choice),
+            prompt_ranks(choice.prompt_ranks),
         )
 
 
@@ -268,7 +240,7 @@ class ChatEncoder:
                 choice.finish or None,
                 _stop_reason(choice),
                 _ids_of(self.header, choice),
-                _prompt_logprobs(choice),
+                prompt_ranks(choice.prompt_ranks),
             )
             for choice in joined
         ]
@@ -318,8 +290,8 @@ class ChatEncoder:
     def _reasoning(self, field: str, choice: ChoiceText) -> str:
         return choice.reasoning if field == self.header.reasoning_field else ""
 
-    def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
-        return _ChatLogprobs(chat_logprobs(choice.logprobs)) if self.header.logprobs else None
+    def _logprobs(self, choice: ChoiceText) -> ChatLogprobs | None:
+        return ChatLogprobs(chat_logprobs(choice.logprobs)) if self.header.logprobs else None
 
 
 def _answer(
@@ -371,20 +343,6 @@ def _stop_reason(choice: ChoiceText) -> _StopReason:
     return msgspec.UNSET if choice.stop_reason is None else choice.stop_reason
 
 
-def _prompt_logprobs(choice: ChoiceText) -> _PromptLogprobs:
-    if not choice.prompt_ranks:
-        return msgspec.UNSET
-    return [
-        None
-        if entry is None
-        else {
-            str(token_id): _Ranked(_finite(ranked.logprob), ranked.rank, _shown(ranked.token))
-            for token_id, ranked in entry.items()
-        }
-        for entry in choice.prompt_ranks
-    ]
-
-
 def _usage(kind: str, usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
@@ -398,49 +356,3 @@ def _completion_details(kind: str, usage: TokenUsage) -> _CompletionDetails | ms
     if accepted is None or rejected is None:
         return _CompletionDetails(usage.reasoning_tokens)
     return _CompletionDetails(usage.reasoning_tokens, accepted, rejected)
-
-
-def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:
-    """The legacy shape; the drawn token is always among the most likely, so there may be one more than asked for."""
-    return _CompletionLogprobs(
-        tokens=[_shown(token.token) for token in tokens],
-        token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token in tokens],
-        top_logprobs=[
-            None if token.logprob is None else _by_text((*token.top, (token.token, token.logprob))) for token in tokens
-        ],
-        text_offset=[token.offset_chars for token in tokens],
-    )
-
-
-def _by_text(tokens: Sequence[tuple[bytes, float]]) -> dict[str, float]:
-    """Several tokens may have one text (a comma, and the byte of a comma): the likeliest of them counts."""
-    found: dict[str, float] = {}
-    for token, logprob in tokens:
-        shown, value = _shown(token), _finite(logprob)
-        found[shown] = max(value, found.get(shown, value))
-    return found
-
-
-def chat_logprobs(tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
-    return [
-        ChatLogprob(
-            _shown(token.token),
-            _finite(token.logprob or 0.0),
-            list(token.token),
-            [_TopLogprob(_shown(piece), _finite(value), list(piece)) for piece, value in token.top],
-        )
-        for token in tokens
-    ]
-
-
-def _shown(token: bytes) -> str:
-    """The token as text; a part of a character in the form of OpenAI's API, so that no two tokens look alike."""
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI and vLLM use -9999 for a token that cannot be drawn."""
-    return max(logprob, -9999.0)

@@ -15,9 +15,9 @@ import msgspec
 from baton.node.telemetry import excerpt
 from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, ReasoningText
 from baton.proxy.http.encoder import AnswerHeader, named_frame
-from baton.proxy.http.encoders import ChatLogprob, chat_logprobs
 from baton.proxy.http.events import ChoiceEnd, Content, Event, TokenUsage
 from baton.proxy.http.failures import MAX_MESSAGE_CHARS, Failure
+from baton.proxy.http.logprobs import ChatLogprob, chat_logprobs
 from baton.proxy.http.responses.open_items import (
     IN_PROGRESS,
     OpenCustomCall,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from baton.proxy.http.encoders import ChatLogprob
+from baton.proxy.http.logprobs import ChatLogprob
 from baton.proxy.http.responses.shapes import (
     CustomCallOutput,
     FunctionCallOutput,

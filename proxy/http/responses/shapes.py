@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from baton.proxy.http.encoders import ChatLogprob
 from baton.proxy.http.events import TokenUsage
+from baton.proxy.http.logprobs import ChatLogprob
 
 
 class OutputTextPart(msgspec.Struct, kw_only=True):
