@@ -127,6 +127,9 @@ class DevicePeers:
             )
         self.sums, self.drawn, self._gathered = self._inboxes
         self._pinned = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+        # For `give_up`, made now: to allocate pinned memory, or to make a stream, may wait for the kernels that wait.
+        self._given_up = torch.ones(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+        self._aside = torch.cuda.Stream(device) if memory.is_cuda else None
         self._whole: torch.Tensor | None = None
         self._loop_back()
 
@@ -167,12 +170,12 @@ class DevicePeers:
 
     def give_up(self) -> None:
         """End all waiting for other ranks, which then counts as in vain. From any thread, while steps run."""
-        if self._memory.is_cuda:
-            with torch.cuda.stream(torch.cuda.Stream(self._memory.device)):
-                self._lost.copy_(torch.ones(1, dtype=torch.int32, pin_memory=True), non_blocking=True)
-                torch.cuda.current_stream().synchronize()
-        else:
-            self._lost.fill_(1)
+        if self._aside is None:
+            self._lost.copy_(self._given_up)
+            return
+        with torch.cuda.stream(self._aside):
+            self._lost.copy_(self._given_up, non_blocking=True)
+        self._aside.synchronize()
 
     def check(self) -> None:
         """PeerLost if waiting for another rank was given up."""
