@@ -8,12 +8,13 @@ speculators, which has the layer's configuration in `transformer_layer_config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.models.config import MAX_HEAD_DIM, MAX_HEADS, MAX_WIDTH, ModelConfig
 from baton.models.families import FAMILIES
 from baton.models.folder import JsonObject
+from baton.models.partition import Rank
 from baton.models.rope_config import RopeConfig, read_ropes
 from baton.node.errors import SettingsError
 from baton.node.model_folder import MAX_VOCAB_SIZE
@@ -49,6 +50,22 @@ class EagleConfig:
     @property
     def tapped_size(self) -> int:
         return len(self.taps) * self.model_size
+
+    def part_of(self, rank: Rank) -> EagleConfig:
+        """One rank's heads, rows of the MLP and tokens to draw from in the place of all, as partition.part_of has them;
+        the draft's head stays whole. SettingsError, with the numbers, if ranks cannot share the draft."""
+        if rank.count > 1 and self.hidden_size != self.model_size:
+            raise SettingsError(
+                f"--speculate eagle with {rank.count} ranks: hidden_size of the draft is {self.hidden_size}, of the "
+                f"model {self.model_size}, and ranks on GPUs exchange rows of the model's size alone"
+            )
+        return replace(
+            self,
+            num_heads=len(rank.share(self.num_heads, "query heads of the draft")),
+            num_kv_heads=len(rank.key_heads(self.num_kv_heads)),
+            intermediate_size=len(rank.share(self.intermediate_size, "rows of the draft's MLP")),
+            vocab_size=len(rank.vocabulary(self.vocab_size)),
+        )
 
 
 def read_eagle(folder: Path, model: ModelConfig) -> EagleConfig:

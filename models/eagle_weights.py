@@ -1,4 +1,4 @@
-"""The weights of an EAGLE-3 draft, from the safetensors files of its folder, or random ones. One rank holds them all.
+"""The weights of an EAGLE-3 draft, from the safetensors files of its folder, or random ones: of one rank, or whole.
 
 What the folder leaves out is the model's: the embedding, and the head where the draft has the model's vocabulary.
 """
@@ -17,6 +17,7 @@ from baton.models.eagle_config import EagleConfig
 from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.layer_weights import Weights
 from baton.models.layers import GroupedAttention
+from baton.models.partition import WHOLE, Rank
 from baton.models.sources import read_sources
 from baton.node.errors import SettingsError
 
@@ -68,15 +69,18 @@ def attention_of(config: EagleConfig) -> GroupedAttention:
     )
 
 
-def load_eagle(config: EagleConfig, folder: Path, model: Weights, load_format: str, *, pack: bool) -> EagleWeights:
+def load_eagle(
+    config: EagleConfig, folder: Path, model: Weights, load_format: str, *, pack: bool, rank: Rank = WHOLE
+) -> EagleWeights:
     """The folder's weights in the dtype, and on the device, of the model's; `dummy` makes random ones without reading
-    any. pack: prepare them for the CPU's products. SettingsError for a tensor that is missing, or of another size."""
+    any. pack: prepare them for the CPU's products. rank: whose heads and rows of the MLP; all else is whole.
+    SettingsError for a tensor that is missing, or of another size."""
     like = model.embedding
     if load_format == "dummy":
         stored = _random(config, like)
     else:
         stored = _read(config, folder, like)
-    weights = _joined(config, stored, model, folder)
+    weights = _joined(config, _cut(config, stored, rank), model, folder)
     if pack:
         for linear in weights.linears:
             if linear is not model.lm_head:
@@ -102,6 +106,32 @@ def _shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
     }
     named = {f"{LAYER_PREFIXES[0]}{name}.weight": shape for name, shape in layer.items()}
     return {"fc.weight": (hidden, config.tapped_size), **named, "norm.weight": (hidden,)}
+
+
+def _cut(config: EagleConfig, stored: Mapping[str, torch.Tensor], rank: Rank) -> dict[str, torch.Tensor]:
+    """What a rank computes with of each tensor."""
+    if rank.count == 1:
+        return dict(stored)
+    dim, keys = config.head_dim, rank.key_heads(config.num_kv_heads)
+    query = rank.share(config.num_heads, "query heads of the draft")
+    inner = rank.share(config.intermediate_size, "rows of the draft's MLP")
+    of_query, of_keys = slice(query.start * dim, query.stop * dim), slice(keys.start * dim, keys.stop * dim)
+    of_inner = slice(inner.start, inner.stop)
+    cuts = {
+        "self_attn.q_proj": (0, of_query),
+        "self_attn.k_proj": (0, of_keys),
+        "self_attn.v_proj": (0, of_keys),
+        "self_attn.o_proj": (1, of_query),
+        "mlp.gate_proj": (0, of_inner),
+        "mlp.up_proj": (0, of_inner),
+        "mlp.down_proj": (1, of_inner),
+    }
+    own = dict(stored)
+    for name, (axis, kept) in cuts.items():
+        whole = own[f"{LAYER_PREFIXES[0]}{name}.weight"]
+        part = whole[kept] if axis == 0 else whole[:, kept]
+        own[f"{LAYER_PREFIXES[0]}{name}.weight"] = part.clone(memory_format=torch.contiguous_format)
+    return own
 
 
 def _optional(config: EagleConfig) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,8 @@ from baton.models.cuda.peers import DevicePeers, RankMemory
 from baton.models.cuda.products import Policy
 from baton.models.cuda.queue import Queue
 from baton.models.cuda.runner import CudaRunner
+from baton.models.eagle_config import EagleConfig
+from baton.models.eagle_weights import EagleWeights
 from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
 from baton.node.messages.control import PromptLogprob
@@ -71,8 +73,9 @@ class DeviceRanks:
         limits: StepLimits,
         max_len: int,
         policy: Policy | None = None,
+        draft: Callable[[Rank, Weights], tuple[EagleConfig, EagleWeights]] | None = None,
     ) -> None:
-        """queues: of each rank, on one device."""
+        """queues: of each rank, on one device. draft: of a rank with its weights of the model."""
         count, self._turns = len(queues), None if queues[0].device.startswith("cuda") else OneAtATime(len(queues))
         self.config, self.run_ahead = config, limits.run_ahead
         self.memories: list[torch.Tensor] = []
@@ -85,7 +88,8 @@ class DeviceRanks:
             memory = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=queue.device)
             meet = None if self._turns is None else self._turns.meet
             peers = DevicePeers(layout, memory, config.vocab_size, meet)
-            self.runners.append(CudaRunner(config, weights, queue, limits, max_len, policy, peers=peers))
+            eagle = None if draft is None else draft(rank, weights)
+            self.runners.append(CudaRunner(config, weights, queue, limits, max_len, policy, peers=peers, eagle=eagle))
             self.memories.append(memory)
             self.peers.append(peers)
 

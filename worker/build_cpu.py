@@ -109,14 +109,9 @@ def load_model(
     if settings.pp > 1:
         raise SettingsError(f"--pp {settings.pp}: the stages of a worker compute on CPUs only: --device cpu, or --pp 1")
     if settings.tp > 1:
-        if draft is not None:
-            raise SettingsError(
-                f"--speculate eagle with --tp {settings.tp}: on GPUs a draft is computed by workers of one rank; use "
-                "--tp 1, or --speculate ngram"
-            )
         from baton.worker.build_ranks import load_ranks_on_cuda
 
-        return load_ranks_on_cuda(settings, sizes, role, folder)
+        return load_ranks_on_cuda(settings, sizes, role, folder, draft)
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder, draft)

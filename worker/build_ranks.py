@@ -26,6 +26,7 @@ from baton.models.cuda.adapter_bank import BankSlots
 from baton.models.cuda.memory import GIB
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.rank_adapters import RankSlots
+from baton.models.eagle_config import NO_STATIC_SCALES
 from baton.models.fallback.config import model_config
 from baton.models.partition import Rank, check_partition
 from baton.node.addresses import ListenHost
@@ -56,8 +57,11 @@ POLL_S = 0.0002
 """As a worker of one GPU."""
 
 
-def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
-    """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
+def load_ranks_on_cuda(
+    settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path, draft: Path | None
+) -> LoadedModel:
+    """draft: the folder of an EAGLE-3 draft. Raises SettingsError for what no kernel here does, and where memory does
+    not suffice."""
     config, count, gpus = model_config(folder), settings.tp, gpus_of(settings)
     check_partition(config, count)
     if max(gpus) >= torch.cuda.device_count():
@@ -65,7 +69,9 @@ def load_ranks_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role,
             f"--tp {count}: its ranks need the GPUs {' '.join(map(str, gpus))}, and this torch sees "
             f"{torch.cuda.device_count()}, counted from 0"
         )
-    part = model_part(settings, folder, config.vocab_size)
+    if draft is not None and settings.kv_dtype == "fp8_static":
+        raise SettingsError(NO_STATIC_SCALES)
+    part = model_part(settings, folder, config.vocab_size, draft)
     how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
 
     def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
@@ -115,7 +121,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
     own = DeviceRank.load(start, progress_log("loading_weights", "tensors"))
     config, count = own.runner.config, settings.tp
-    layout = device_layout(config, own.runner.kv_format, sizes.block_tokens)
+    layout = device_layout(config, own.runner.kv_format, sizes.block_tokens, has_draft=bool(start.model.draft))
     others = group.answers(DeviceLoaded)
     if _is_sized(settings, sizes):
         # The size is that of one rank's pool, as the memory is that of one GPU.

@@ -4,7 +4,9 @@
     eagle.write(tokens, positions, kv_slots)       # behind its draws: entries of all its tokens, each of the next token
     eagle.propose(rows, ...)                       # behind that: drafts of rows that decode
 
-models.cpu.eagle says what is computed. How many tokens a row accepted is known on the device alone.
+models.cpu.eagle says what is computed. How many tokens a row accepted is known on the device alone. Where ranks share
+a model each computes with its heads and its rows of the MLP, and draws from its own of the tokens that the whole head
+gives: what they exchange are sums and best tokens, as in the model's layers, so all have the same drafts.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from baton.kernels.triton.rope_write import rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.cuda.decoder import rope_tables
 from baton.models.cuda.drafts import DraftSlots
+from baton.models.cuda.peers import DevicePeers
 from baton.models.cuda.products import PADDING, Products, fastest, shape_of
 from baton.models.eagle_config import EagleConfig
 from baton.models.eagle_weights import EagleWeights, attention_of
+from baton.models.partition import WHOLE
 from baton.node.errors import InvariantBroken
 
 PIECE = 1024
@@ -52,11 +56,16 @@ class _Memory:
     normed: torch.Tensor  # [R, H]
     gated: torch.Tensor  # [R, intermediate]
     logits: torch.Tensor  # [R, V of the draft]
-    whole: torch.Tensor  # [R, V]: -inf but for tokens of the draft
+    own: torch.Tensor  # [R, those of the rank's tokens]
+    whole: torch.Tensor  # [R, the rank's part of V]: -inf but for tokens of the draft
     drawn: torch.Tensor  # int32 [R]
 
     @classmethod
-    def make(cls, config: EagleConfig, tokens: int, rows: int, dtype: torch.dtype, device: str) -> _Memory:
+    def make(
+        cls, config: EagleConfig, num_own: int, tokens: int, rows: int, dtype: torch.dtype, device: str
+    ) -> _Memory:
+        """num_own: the rank's tokens of the draft's; 0: all, where one rank has them."""
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape[0] + PADDING, *shape[1:], dtype=dtype, device=device)
 
@@ -76,6 +85,7 @@ class _Memory:
             zeros(rows, hidden),
             zeros(rows, config.intermediate_size),
             zeros(rows, config.draft_vocab_size),
+            torch.zeros(rows, num_own, dtype=dtype, device=device),
             whole,
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
@@ -94,12 +104,29 @@ class DeviceEagle:
     """One draft over layer number `layer` of a pool. Up to max_tokens tokens a step, of which up to max_rows decode."""
 
     def __init__(
-        self, config: EagleConfig, weights: EagleWeights, layer: int, max_tokens: int, max_rows: int, max_len: int
+        self,
+        config: EagleConfig,
+        weights: EagleWeights,
+        layer: int,
+        max_tokens: int,
+        max_rows: int,
+        max_len: int,
+        peers: DevicePeers | None = None,
     ) -> None:
-        """Sequences are shorter than max_len."""
+        """Sequences are shorter than max_len. config: of the whole draft; peers: the weights are one rank's part."""
+        rank = WHOLE if peers is None else peers.rank
+        tokens, config = rank.vocabulary(config.vocab_size), config.part_of(rank)
         self.config, self._weights, self._layer = config, weights, layer
         dtype, device = weights.norm.dtype, str(weights.norm.device)
-        self._memory = _Memory.make(config, max_tokens, max_rows, dtype, device)
+        self._sums = None if peers is None else peers.sums
+        self._columns: torch.Tensor | None = None
+        self._tokens = weights.tokens
+        if peers is not None:
+            is_own = (weights.tokens >= tokens.start) & (weights.tokens < tokens.stop)
+            self._columns = is_own.nonzero().view(-1)
+            self._tokens = weights.tokens[self._columns] - tokens.start
+        num_own = 0 if self._columns is None else len(self._columns)
+        self._memory = _Memory.make(config, num_own, max_tokens, max_rows, dtype, device)
         plain = (weights.fc, weights.qkv, weights.o, weights.down, weights.head)
         shapes = [*map(shape_of, plain), shape_of(weights.gate_up, fused=True)]
         self._products = Products(fastest, len(self._memory.hidden) - PADDING, shapes, dtype, device)
@@ -190,7 +217,9 @@ class DeviceEagle:
             normed = self._layer_output(query, inputs, plan, residual)
             logits, whole, drawn = memory.logits[:count], memory.whole[:count], memory.drawn[:count]
             self._products.whole(weights.head, normed, logits, pdl=False)
-            whole.index_copy_(1, weights.tokens, logits)
+            if self._columns is not None:
+                logits = torch.index_select(logits, 1, self._columns, out=memory.own[:count])
+            whole.index_copy_(1, self._tokens, logits)
             draw(whole, slots, self._entries.positions[:count], drawn)
             set_entries(drafts.kept.drafts.view(-1), self._entries.drafts[:count], drawn)
 
@@ -217,10 +246,10 @@ class DeviceEagle:
             pdl=False,
         )
         added = self._products(weights.o, attended.view(count, -1), mixed, pdl=False)
-        add_rms_norm(added, residual, weights.post_norm, eps, normed)
+        add_rms_norm(added, residual, weights.post_norm, eps, normed, ranks=self._sums)
         gated = self._products.gated(weights.gate_up, normed, memory.gated[:count], weights.down, pdl=False)
         added = self._products(weights.down, gated, mixed, pdl=False)
-        add_rms_norm(added, residual, weights.norm, eps, normed)
+        add_rms_norm(added, residual, weights.norm, eps, normed, ranks=self._sums)
         return normed
 
     def _bind(self) -> _Bound:

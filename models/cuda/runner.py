@@ -80,20 +80,18 @@ class CudaRunner:
         """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
         max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
         default keys and values are of the weights' dtype. peers: the weights are one rank's part; all ranks launch the
-        same steps, and draw the same tokens. eagle: a draft, whose layer lies behind the model's in the pool; it
-        proposes in place of the search for matches. bank_memory: of the slots of adapters, as BankShape has it, where
-        another process fills them."""
+        same steps, and draw the same tokens. eagle: a draft, or the rank's part of it, whose layer lies behind
+        the model's in the pool; it proposes in place of the search for matches. bank_memory: of the slots of adapters,
+        as BankShape has it, where another process fills them."""
         own = part_of(config, WHOLE if peers is None else peers.rank)
         check_supported(own)
-        if peers is not None and eagle is not None:
-            raise SettingsError("--speculate eagle: on a GPU a draft is computed by one rank alone")
         self.config, self._own, self._peers = config, own, peers
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
         rows, row_tokens = limits.max_rows, limits.decode_tokens
         self._eagle: DeviceEagle | None = None
         if eagle is not None:
-            self._eagle = DeviceEagle(*eagle, config.num_layers, limits.step_tokens, row_tokens, max_len)
+            self._eagle = DeviceEagle(*eagle, config.num_layers, limits.step_tokens, row_tokens, max_len, peers)
         self._entries = PromptEntries(queue, self._eagle, limits.step_tokens)
         self.adapters: AdapterSlots = NO_SLOTS
         self._adapters: AdapterSteps | None = None

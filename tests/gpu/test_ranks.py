@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.rank_adapters import RankSlots
 from baton.models.cuda.runner import CudaRunner
+from baton.models.eagle_config import EagleConfig, read_eagle
+from baton.models.eagle_weights import EagleWeights, load_eagle
+from baton.models.layer_weights import Weights
 from baton.models.partition import Rank, part_of
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
@@ -25,6 +30,7 @@ from baton.testing.device_ranks import DeviceRanks
 from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
 from baton.tests.unit.models.cuda.ahead import Ahead
 from baton.tests.unit.models.cuda.merged import random_adapter
+from baton.tests.unit.models.eagle_folders import write_pair
 
 pytestmark = pytest.mark.gpu
 
@@ -134,6 +140,48 @@ def test_ranks_on_one_gpu_accept_drafts_of_one_another():
         run.launch(live, chunk=200)
     assert [run.generated(slot)[:TOKENS] for slot in range(16)] == [tokens[:TOKENS] for tokens in expected]
     assert run.num_accepted > TOKENS
+
+
+def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
+    """Guards exchanges inside captured chains of drafts: the draft equals its model, so that all of its tokens are
+    right."""
+    folder, draft, count = tmp_path / "model", tmp_path / "draft", 2
+    write_pair(folder, draft)
+    config = ModelConfig.from_folder(folder)
+    eagle, limits = read_eagle(draft, config), StepLimits(MAX_ROWS, 2048)
+    made = [[token % config.vocab_size for token in prompt] for prompt in prompts(8, 60)]
+
+    def load(rank: Rank) -> Weights:
+        return load_weights(config, folder, torch.float32, "cuda:0", pack=False, rank=rank)
+
+    def with_draft(rank: Rank, weights: Weights) -> tuple[EagleConfig, EagleWeights]:
+        return eagle, load_eagle(eagle, draft, weights, "auto", pack=False, rank=rank)
+
+    one = CudaRunner(config, load(Rank()), CudaQueue(0), limits, LONGEST)
+    one.bind_pool(pool(config, torch.float32), LONGEST)
+    limits = StepLimits(MAX_ROWS, 2048, most_drafts=3)
+    ranks = DeviceRanks(config, load, [CudaQueue(0) for _ in range(count)], limits, LONGEST, draft=with_draft)
+
+    def answers(runner: CudaRunner | DeviceRanks, most: int) -> Ahead:
+        run = Ahead(runner, most_drafts=most)
+        for slot, prompt in enumerate(made):
+            run.start(slot, prompt, table(slot), temperature=slot % 2 * 0.8, seed=slot + 1)
+        while live := [slot for slot in range(8) if len(run.known[slot]) < len(made[slot]) + TOKENS]:
+            run.launch(live, chunk=200)
+        return run
+
+    def alone(index: int) -> None:
+        ranks.runners[index].warm_up()
+        answers(ranks.runners[index], 3)
+
+    part = part_of(config, Rank(0, count))
+    part = replace(part, num_layers=config.num_layers + 1)  # the draft's
+    ranks.bind_pools([pool(part, torch.float32) for _ in range(count)], LONGEST, alone)
+    expected, found = answers(one, 0), answers(ranks, 3)
+    assert [found.generated(slot)[:TOKENS] for slot in range(8)] == [
+        expected.generated(slot)[:TOKENS] for slot in range(8)
+    ]
+    assert found.num_accepted == found.num_verified > 5
 
 
 def test_ranks_on_one_gpu_compute_with_their_parts_of_an_adapter():

@@ -27,6 +27,8 @@ from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks,
 from baton.models.cuda.peers import DevicePeers, RankMemory
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
+from baton.models.eagle_config import read_eagle
+from baton.models.eagle_weights import load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
@@ -85,6 +87,13 @@ class DeviceRank:
             recipe=recipe_for(start.model.quantization, config),
             keep_quantised=True,
         )
+        eagle, draft_bytes = None, 0
+        if start.model.draft:
+            eagle_config = read_eagle(Path(start.model.draft), config)
+            draft = load_eagle(
+                eagle_config, Path(start.model.draft), weights, start.model.load_format, pack=False, rank=rank
+            )
+            eagle, draft_bytes = (eagle_config, draft), draft.size_bytes
         torch.cuda.empty_cache()  # what tensors took on their way is not the model's
         sizes_bytes = weights.size_bytes
         log_event(
@@ -119,10 +128,12 @@ class DeviceRank:
             longest,
             kv_format=kv_format,
             peers=peers,
+            eagle=eagle,
             bank_memory=None if bank_memory is None else bank_memory.data.view(-1),
         )
-        layout = device_layout(part_of(config, rank), kv_format, share.block_tokens)
-        return cls(rank, share, runner, peers, exchange, bank_memory, layout, sum(sizes_bytes.values()), longest)
+        layout = device_layout(part_of(config, rank), kv_format, share.block_tokens, has_draft=eagle is not None)
+        weights_bytes = sum(sizes_bytes.values()) + draft_bytes
+        return cls(rank, share, runner, peers, exchange, bank_memory, layout, weights_bytes, longest)
 
     @property
     def num_blocks(self) -> int:
@@ -160,9 +171,9 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
     return BankShape(BankLayout.of(config, rank), part.max_loras, part.max_lora_rank, dtype, wholes)
 
 
-def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:
+def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:
     """As a GPU's pool has it."""
-    layout = layout_of(config, kv_format, block_tokens)
+    layout = layout_of(config, kv_format, block_tokens, has_draft=has_draft)
     return replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from baton.models.config import ModelConfig
 from baton.models.eagle_config import read_eagle
 from baton.models.eagle_weights import load_eagle
+from baton.models.partition import Rank
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
 from baton.tests.unit.models.eagle_folders import MIDLAYER, SPECULATORS, random_draft
@@ -125,3 +126,37 @@ def test_the_embedding_of_another_size_must_be_in_the_folder(tmp_path, model):
     save_file({name: each for name, each in load_file(path).items() if name != "embed_tokens.weight"}, path)
     with pytest.raises(SettingsError, match="hidden_size of the draft is 40, of the model 48"):
         read(tmp_path / "draft", model)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_of_ranks_add_up_to_the_draft(tmp_path, model, count):
+    """Guards against rows or columns of a draft that are another rank's, left out, or computed twice."""
+    config = model[1]
+    random_draft(tmp_path / "draft", config, intermediate_size=8 * count, num_attention_heads=2 * config.num_kv_heads)
+    eagle = read_eagle(tmp_path / "draft", config)
+    weights = load_weights(config, model[0], torch.float32, load_format="dummy", pack=False)
+    ranks = [Rank(index, count) for index in range(count)]
+    whole, *parts = (
+        load_eagle(eagle, tmp_path / "draft", weights, "auto", pack=False, rank=rank) for rank in (Rank(), *ranks)
+    )
+
+    def added(draft, part) -> list[torch.Tensor]:
+        """By the MLP, and by attention of equal weights to one token, whose query counts as well."""
+        x, dim, groups = torch.linspace(-1, 1, eagle.hidden_size), eagle.head_dim, part.num_heads // part.num_kv_heads
+        gate, up = (draft.gate_up.weight @ x).chunk(2)
+        sizes = [part.num_heads * dim, part.num_kv_heads * dim, part.num_kv_heads * dim]
+        query, key, value = (draft.qkv.weight @ torch.cat((x, x * x))).split(sizes)
+        grouped = (key * value).view(-1, dim).repeat_interleave(groups, 0).view(-1)
+        return [draft.down.weight @ (gate.sigmoid() * up), draft.o.weight @ (query * grouped)]
+
+    found = [added(part, eagle.part_of(rank)) for part, rank in zip(parts, ranks, strict=True)]
+    for own, expected in zip(zip(*found, strict=True), added(whole, eagle), strict=True):
+        torch.testing.assert_close(torch.stack(own).sum(0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_refuse_a_draft_of_another_width(tmp_path, model):
+    """Guards against sums of rows that the memory between ranks has no room for."""
+    random_draft(tmp_path / "draft", model[1], hidden_size=2 * model[1].hidden_size)
+    eagle, wide = read_eagle(tmp_path / "draft", model[1]), 2 * model[1].hidden_size
+    with pytest.raises(SettingsError, match=f"hidden_size of the draft is {wide}, of the model {wide // 2}"):
+        eagle.part_of(Rank(0, 2))

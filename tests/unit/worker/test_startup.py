@@ -171,13 +171,6 @@ def test_only_prefill_workers_have_stages():
         load_model(prefill, prefill.worker_sizes("cuda"), "cuda", "prefill", locate_model("demo"))
 
 
-def test_ranks_on_gpus_refuse_drafts_of_a_model():
-    """Guards against a worker that starts without the draft that it was given."""
-    settings = DecodeSettings(tp=2, num_blocks=4)
-    with pytest.raises(SettingsError, match=r"--speculate eagle with --tp 2: on GPUs .* of one rank"):
-        load_model(settings, settings.worker_sizes("cuda"), "cuda", "decode", locate_model("demo"), Path("draft"))
-
-
 # ---- start and end
 
 

@@ -11,6 +11,8 @@ from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import fastest
 from baton.models.cuda.rank_adapters import RankSlots
+from baton.models.eagle_config import read_eagle
+from baton.models.eagle_weights import load_eagle
 from baton.models.partition import Rank
 from baton.models.weights import load_weights
 from baton.testing.device_ranks import DeviceRanks
@@ -19,6 +21,7 @@ from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_wholes
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
+from baton.tests.unit.models.eagle_folders import write_pair
 
 BLOCK = 16
 SMALL = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -107,3 +110,35 @@ def test_ranks_compute_with_their_parts_of_an_adapter(make_model):
     for _ in range(3):
         run.launch([0])
     assert run.generated(0) == expected
+
+
+def test_ranks_compute_their_parts_of_a_draft(tmp_path):
+    """Guards against another rank's heads, rows or tokens of a draft, what ranks add up twice, and drafts that differ
+    from rank to rank. The draft equals its model, so that all of its tokens are right."""
+    model, folder, count = tmp_path / "model", tmp_path / "draft", 6
+    write_pair(model, folder, num_layers=2)
+    plain = ModelRunner.load(model)
+    plain.bind_pool(*kv_pool(plain, 24, BLOCK))
+    config = plain.config
+    eagle = read_eagle(folder, config)
+    ranks = DeviceRanks(
+        config,
+        lambda rank: load_weights(config, model, torch.float32, pack=False, rank=rank),
+        [LateQueue() for _ in range(2)],
+        StepLimits(2, 32, most_drafts=2),
+        96,
+        fastest,
+        lambda rank, weights: (eagle, load_eagle(eagle, folder, weights, "auto", pack=False, rank=rank)),
+    )
+    heads, layers = len(Rank(0, 2).key_heads(config.num_kv_heads)), config.num_layers + 1
+    ranks.bind_pools([torch.zeros(24, heads, layers, 2, BLOCK, config.head_dim) for _ in range(2)], 96)
+    specs, prompts = ({}, {"temperature": 1.1, "seed": 6}), ([9, 8, 7, 6, 5, 4], [*range(1, 10)])
+    run = Ahead(ranks, most_drafts=2)
+    for slot, spec in enumerate(specs):
+        run.start(slot, prompts[slot], [2 * slot, 2 * slot + 1], **spec)
+    while any(len(run.known[slot]) < len(prompts[slot]) + count for slot in (0, 1)):
+        run.launch([0, 1])
+    for slot, spec in enumerate(specs):
+        expected = one_after_the_other(plain, prompts[slot], [20, 21], count, **spec)
+        assert run.generated(slot)[:count] == expected
+    assert run.num_accepted == run.num_verified >= 4
