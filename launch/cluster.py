@@ -48,6 +48,7 @@ from baton.node.tls import own_server_context
 
 HTTP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
+WAIT_TIMEOUT_S = 120.0
 POLL_S = 0.05
 TAIL_BYTES = 4000
 _READY = re.compile(r'baton:worker_up\{(?=.*role="(\w+)")(?=.*state="ready")(?=.*worker="([^"]+)").*\} 1\.0')
@@ -171,7 +172,7 @@ class Cluster:
                 self.settings.start_timeout_s,
             )
 
-    def stop(self) -> dict[str, int]:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, int]:
         """SIGTERM to all, proxies last; returns the exit status of each that did not end with 0.
 
         A node that does not end in time is killed, and counts; one that `kill` has ended does not.
@@ -180,7 +181,7 @@ class Cluster:
         for name in sorted(self.running(), key=lambda name: name in self._proxies):
             self.signal(name, signal.SIGCONT)
             self.signal(name, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         for name, node in self._nodes.items():
             try:
                 node.wait(max(0.1, deadline - time.monotonic()))
@@ -267,7 +268,7 @@ class Cluster:
         self._killed.add(name)
         self._reap(self._nodes[name])
 
-    def wait_end(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> int:
+    def wait_end(self, name: str, timeout_s: float = WAIT_TIMEOUT_S) -> int:
         """The exit status of a node that ends by itself."""
         self._stopping.add(name)
         return self._nodes[name].wait(timeout_s)

@@ -37,6 +37,8 @@ _WORKER_LINE = re.compile(
     r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>[\w-]+)"\} (?P<value>\S+)'
 )
 START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 120.0
+WAIT_TIMEOUT_S = 120.0  # of a machine that is busy with other tests
 MIN_POLL_S, MAX_POLL_S = 0.02, 0.06
 """A page of metrics takes the proxy 20 ms, in which it serves nothing: a condition on one is checked less often."""
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -176,7 +178,7 @@ class Cluster:
         if kind is not None:
             self.nodes.kill_all()
             return
-        bad = self.nodes.stop()
+        bad = self.nodes.stop(STOP_TIMEOUT_S)
         assert not bad, f"these did not end cleanly: {bad}"
 
     # -- metrics
@@ -210,7 +212,7 @@ class Cluster:
         """Requests that are queued in the proxy."""
         return self.gauge("queued_requests")
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Poll until `condition` holds; `what` describes it in the error."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -225,7 +227,7 @@ class Cluster:
         """Until exactly these workers are members."""
         self.wait_until(lambda: set(self.worker_values("running")) == set(names), f"members {names}", timeout_s)
 
-    def wait_idle(self, timeout_s: float = 30.0) -> None:
+    def wait_idle(self, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Until no worker has work, and every block of each is free or cached."""
         self.wait_until(self._is_idle, "idle workers that hold no block", timeout_s)
 

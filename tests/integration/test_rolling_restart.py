@@ -112,7 +112,7 @@ def begin_new_pair(cluster: Cluster, number: int) -> None:
     for role in ("prefill", "decode"):
         cluster.nodes.add_worker(role, f"{role}-new-{number}", "--revision", "new", "--block-tokens", "32")
     served = attempts(cluster, "new")
-    cluster.wait_until(lambda: attempts(cluster, "new") > served + 3, "the new workers serve", 60.0)
+    cluster.wait_until(lambda: attempts(cluster, "new") > served + 3, "the new workers serve")
 
 
 def attempts(cluster: Cluster, revision: str) -> float:

@@ -163,7 +163,7 @@ def test_the_files_on_disk_are_lost_and_damaged_while_the_store_runs(oracle: Ora
             index.write(bytes(1 << 16))
             index.truncate(1 << 16)
         _ask(cluster, oracle, LONG[:4])
-        cluster.wait_until(lambda: cluster.nodes.log("store").count("tier_reopened") == 1, "the disk again", 60.0)
+        cluster.wait_until(lambda: cluster.nodes.log("store").count("tier_reopened") == 1, "the disk again")
         cluster.wait_until(lambda: cluster.store_value("disk_size_bytes") > 0, "its size")
         _ask(cluster, oracle, LONG[:4])
         cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk again")
