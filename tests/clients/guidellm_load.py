@@ -28,7 +28,7 @@ def check_load(request_format: str) -> None:
             "output": f"kind=json,path={report}",
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-        subprocess.run([COMMAND, "run", *arguments, "--disable-console"], check=True, timeout=100)
+        subprocess.run([COMMAND, "run", *arguments, "--disable-console"], check=True, timeout=300)
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
     requests = benchmark["requests"]
     assert not requests["errored"], requests["errored"][0]["info"]["error"]

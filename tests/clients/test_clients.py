@@ -40,7 +40,7 @@ PYTHON_CLIENTS = (
 )
 NODE_CLIENTS = ("openai_node", "openai_node_tools", "vercel_ai", "vercel_ai_tools", "opencode_turns")
 STAMPS = {"python": HERE / ".venv" / "installed", "node": HERE / "node_modules" / "installed"}
-TIMEOUT_S = 240.0
+TIMEOUT_S = 800.0
 MAX_TOKENS = 24
 PROMPT = "Once upon a time there was a little fox who lived in the forest with his mother. One day"
 MESSAGES = [{"role": "user", "content": "Please tell me a long and happy story about a little dog and a red ball."}]

@@ -91,7 +91,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    async def until(self, expression: str, timeout_s: float = 30.0) -> Any:
+    async def until(self, expression: str, timeout_s: float = 60.0) -> Any:
         """Poll until a JavaScript expression is truthy; its value."""
         deadline = time.monotonic() + timeout_s
         while not (value := await self.evaluate(expression)):

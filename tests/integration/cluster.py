@@ -144,7 +144,7 @@ class Cluster:
             api_key=(self.api_key,) if self.api_key and self.tenants is None else (),
             tenants=self.tenants,
             proxy_arg=self.proxy_args,
-            worker_arg=("--drain-s", "10", *self.worker_args),
+            worker_arg=("--drain-s", "60", *self.worker_args),
             prefill_arg=self.prefill_args,
             decode_arg=self.decode_args,
             store_arg=self.store_args or (),

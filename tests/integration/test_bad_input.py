@@ -21,6 +21,7 @@ import zmq
 from baton.node.credentials import Keys, NodeRole
 from baton.node.messages.base import encode
 from baton.node.messages.control import (
+    Bundle,
     Cancel,
     Cancelled,
     Failed,
@@ -313,7 +314,7 @@ def test_register_under_a_wrong_name(cluster: Cluster) -> None:
     with insider(cluster, f"proxy:{cluster.nodes.ports.control}", b"liar/1") as client:
         client.send(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
         client.send(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
-        received = client.receive(1.0)
+        received = client.receive(60.0, 3)
     assert [type(message) for message in received] == [Refused, Refused, Rejoin]
     assert isinstance(received[1], Refused) and "namespace" in received[1].reason
 
@@ -352,24 +353,31 @@ def test_unreachable_peers(cluster: Cluster, second_proxy: SecondProxy) -> None:
         message = prefill_of(f"far-{number}", f"unknown/{number}", decode_address=address, deadline_s=2.0)
         second_proxy.send(prefill, message)
     second_proxy.send(decode_worker, reserve_of("far", "unknown/1", deadline_s=1.0))
-    answers = second_proxy.receive(prefill, 2 * len(addresses), 10.0)
-    ends = [answer.request_id for answer in answers if isinstance(answer, Failed)]
-    assert sorted(ends) == [f"far-{number}" for number in range(len(addresses))], answers
-    assert [type(answer) for answer in second_proxy.receive(decode_worker, 2, 10.0)] == [Reserved, Failed]
+    ends: list[str] = []
+    while len(ends) < len(addresses):  # some have a first token before
+        (answer,) = second_proxy.receive(prefill, 1)
+        ends += [answer.request_id] if isinstance(answer, Failed) else []
+    assert sorted(ends) == [f"far-{number}" for number in range(len(addresses))]
+    assert [type(answer) for answer in second_proxy.receive(decode_worker, 2)] == [Reserved, Failed]
 
 
 def test_replayed_messages(cluster: Cluster, second_proxy: SecondProxy) -> None:
     """Guards against duplicate messages: a leg is computed once, and every Cancel is answered."""
     prefill, decode_worker = second_proxy.join()
-    reserve = reserve_of("again", "", sampling=SamplingSpec(max_tokens=200, min_tokens=200), deadline_s=20.0)
+    reserve = reserve_of("again", "", sampling=SamplingSpec(max_tokens=200, min_tokens=200), deadline_s=120.0)
     second_proxy.send(decode_worker, *[reserve] * 20)
     cancel = Cancel(request_id="again", attempt=0)
     assert isinstance(second_proxy.receive(decode_worker, 1)[0], Reserved)
-    second_proxy.send(decode_worker, *[cancel] * 3)
-    answers = [type(answer) for answer in second_proxy.receive(decode_worker, 1000, 1.5)]
-    assert answers.count(Reserved) == 0 and answers.count(Cancelled) == 3
-    reserve = reserve_of("pair", f"prefill-0/{prefill.incarnation}", deadline_s=20.0)
-    message = prefill_of("pair", f"decode-0/{decode_worker.incarnation}", decode_address=decode_worker.address)
+    second_proxy.send(decode_worker, *[cancel] * 3, Cancel(request_id="the last one", attempt=0))
+    answers: list[Any] = []
+    while not answers or answers[-1].request_id != "the last one":
+        answers += [each for each in second_proxy.receive(decode_worker, 1) if not isinstance(each, Bundle)]
+    kinds = [type(answer) for answer in answers]
+    assert kinds.count(Reserved) == 0 and kinds.count(Cancelled) == 4
+    reserve = reserve_of("pair", f"prefill-0/{prefill.incarnation}", deadline_s=120.0)
+    message = prefill_of(
+        "pair", f"decode-0/{decode_worker.incarnation}", decode_address=decode_worker.address, deadline_s=120.0
+    )
     second_proxy.send(decode_worker, *[reserve] * 5)
     second_proxy.send(prefill, *[message] * 5)
     received = second_proxy.receive(prefill, 2)

@@ -10,8 +10,6 @@ import pytest
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.conftest import MAX_TOKENS, Oracle
 
-pytestmark = pytest.mark.timeout(400)
-
 
 def _answers(cluster: Cluster, prompts: list[str], at_once: int) -> list[tuple[str, int]]:
     def ask(prompt: str) -> tuple[str, int]:

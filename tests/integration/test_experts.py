@@ -15,8 +15,6 @@ import transformers
 import baton
 from baton.tests.integration.cluster import Cluster
 
-pytestmark = pytest.mark.timeout(120)
-
 DEMO = Path(baton.__file__).parent / "models" / "demo"
 VOCAB_SIZE, MAX_TOKENS = 4096, 12
 ADAPTERS = ("one", "two")

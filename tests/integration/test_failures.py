@@ -40,6 +40,11 @@ def mixed(count: int, sentences: int = 4) -> list[tuple[str, dict[str, Any]]]:
     return [(new_prompt(sentences), SEEDED | {"seed": n} if n % 2 else GREEDY) for n in range(count)]
 
 
+def lasting(count: int) -> list[tuple[str, dict[str, Any]]]:
+    """As `mixed`, streams of three seconds at least, so that a fault meets them however slow the machine is."""
+    return [(prompt, body | {"max_tokens": 150}) for prompt, body in mixed(count)]
+
+
 def begin(cluster: Cluster, requests: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
     return [cluster.begin(prompt, **body) for prompt, body in requests]
 
@@ -135,7 +140,7 @@ class TestTwoOfEachRole:
     """Faults with a second worker of the role: no client notices them. Steps verify drafts where text repeats."""
 
     size = 2
-    proxy_args = ("--drain-s", "20")
+    proxy_args = ("--drain-s", "60")
     decode_args = ("--speculate", "ngram")
 
     def test_prefill_killed_while_computing(self, cluster: Cluster) -> None:
@@ -179,7 +184,7 @@ class TestTwoOfEachRole:
 
     def test_decode_killed_mid_stream(self, cluster: Cluster) -> None:
         """Guards the new attempt: it continues after the accepted tokens; none is lost, doubled or sampled again."""
-        requests = mixed(2)[1:]
+        requests = lasting(2)[1:]
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
         retries = cluster.counter("retries")
@@ -204,7 +209,7 @@ class TestTwoOfEachRole:
 
     def test_frozen_decode_worker(self, cluster: Cluster) -> None:
         """Guards against a frozen worker: it is detected and replaced, and joins again when it resumes."""
-        requests = mixed(2)
+        requests = lasting(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
         frozen = wait_busy(cluster, "d")
@@ -251,7 +256,7 @@ class TestTwoOfEachRole:
 
     def test_worker_drains(self, cluster: Cluster) -> None:
         """Guards SIGTERM: running requests finish on the worker, new ones go elsewhere, the exit status is 0."""
-        requests = mixed(2)
+        requests = lasting(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
         retries = cluster.counter("retries")

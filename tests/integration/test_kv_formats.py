@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from baton.kvtransfer.blocks.pool import BlockPool
@@ -16,8 +15,6 @@ from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.conftest import Oracle
 from baton.tests.integration.prompts import LONG
 from baton.worker.kv_layout import layout_of
-
-pytestmark = pytest.mark.timeout(300)
 
 MAX_TOKENS = 24
 WORKERS = ("--kv-dtype", "fp8", "--store-loads", "always")

@@ -21,7 +21,7 @@ from baton.node.secret_file import write_secret
 from baton.tests.integration.cluster import ROOT, Cluster, start_node
 
 DEMO = ROOT / "models" / "demo"
-REFUSED_TIMEOUT_S = 60.0
+REFUSED_TIMEOUT_S = 120.0
 NO_PROXY = "tcp://127.0.0.1:1"
 IN_THE_CLEAR = "--insecure-network"
 

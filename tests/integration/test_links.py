@@ -15,7 +15,6 @@ from baton.testing.relay_board import LINK_KINDS, RelayBoard
 from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.test_failures import begin, demand_undisturbed, mixed, wait_chunks
 
-pytestmark = pytest.mark.timeout(300)
 MEMBERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 DAMAGED = ("proxy-decode", "prefill-decode", "data", "worker-store")
 

@@ -16,7 +16,6 @@ import transformers
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.conftest import DEMO
 
-pytestmark = pytest.mark.timeout(400)
 PAIRS = [
     ("Once upon a time there was a", " little girl who liked to play."),
     ("The cat", " sat."),

@@ -19,7 +19,7 @@ from baton.tests.integration.prompts import BEGINNINGS
 
 MAX_CONNECTIONS = 64
 """The kernel chooses a proxy for each connection by its hash: so many never reach only one of two."""
-LONG: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 250, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,9 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.conftest import MAX_TOKENS, Oracle
 from baton.tests.integration.prompts import LONG
-
-pytestmark = pytest.mark.timeout(400)
 
 BLOCK = 16
 ALWAYS = ("--store-loads", "always")

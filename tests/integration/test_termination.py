@@ -14,7 +14,7 @@ WORKERS = ("prefill-0", "decode-0")
 def test_sigterm_at_awkward_moments(tmp_path: Path) -> None:
     """Guards the end of each node: a second signal cuts no stream off, one during the start is not lost, and a worker
     whose proxy is gone waits for none of its requests until the end of its drain time."""
-    with Cluster(decode_step_s=0.02, worker_args=("--drain-s", "15"), store_args=(), log_folder=tmp_path) as cluster:
+    with Cluster(decode_step_s=0.02, worker_args=("--drain-s", "25"), store_args=(), log_folder=tmp_path) as cluster:
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)

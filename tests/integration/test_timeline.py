@@ -14,6 +14,7 @@ import pytest
 from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL
 from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.prompts import BEGINNINGS
+from baton.tests.integration.test_failures import wait_busy
 
 LENGTH: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 
@@ -90,17 +91,12 @@ def test_a_prompt_that_decode_computed_itself_has_no_transfer(cluster: Cluster) 
 def test_a_dead_worker_shows_as_a_retry(cluster: Cluster) -> None:
     """Guards what an operator sees of a failure: the worker, and the lost time."""
     stream = cluster.begin(" ".join((BEGINNINGS * 40)[7:47]), **LENGTH)
-    cluster.wait_until(lambda: any(running(cluster).values()), "work on a prefill worker")
-    (busy,) = [name for name, value in running(cluster).items() if value]
+    busy = wait_busy(cluster, "p")
     cluster.nodes.kill(busy)
     generation = ended(cluster, stream)
     first, second = generation["attempts"]
     assert first["prefill"].startswith(f"{busy}/") and "lost" in first["end"] and second["end"] == ""
     assert stages(generation, FIRST_TOKEN)["retry"] > 0.0 and stages(generation, FIRST_TOKEN)["prefill"] > 0.0
-
-
-def running(cluster: Cluster) -> dict[str, float]:
-    return {name: value for name, value in cluster.worker_values("running").items() if name.startswith("p")}
 
 
 def test_slow_requests_are_logged_without_their_text(cluster: Cluster) -> None:

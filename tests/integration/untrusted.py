@@ -135,11 +135,11 @@ class RawClient:
         with contextlib.suppress(zmq.Again):
             self._socket.send_multipart(frames)
 
-    def receive(self, wait_s: float) -> list[Message]:
-        """All messages that arrive within `wait_s`."""
-        received = []
+    def receive(self, wait_s: float, count: int | None = None) -> list[Message]:
+        """`count` messages, or all that arrive within `wait_s`."""
+        received: list[Message] = []
         until = time.monotonic() + wait_s
-        while self._socket.poll(max(0, int((until - time.monotonic()) * 1000))):
+        while len(received) != count and self._socket.poll(max(0, int((until - time.monotonic()) * 1000))):
             received.append(decode(self._socket.recv()))
         return received
 
@@ -295,11 +295,15 @@ class SecondProxy:
     def join(self) -> tuple[Register, Register]:
         """Accept both workers; returns the Register of prefill and of decode."""
         found: dict[str, Register] = {}
+        joined: set[str] = set()
         self._boxes = {"prefill-0": [], "decode-0": []}
-        for _, message in self._listen(20.0):
-            if isinstance(message, Register):
+        for peer, message in self._listen(60.0):
+            if isinstance(message, Register):  # perhaps an old one, of a worker that has hung up since
                 found[message.role] = message
-            if len(found) == 2:
+                joined.discard(peer)
+            elif isinstance(message, Heartbeat) and message.worker in [each.worker for each in found.values()]:
+                joined.add(peer)
+            if len(joined) == 2:
                 break
         return found["prefill"], found["decode"]
 
@@ -307,7 +311,7 @@ class SecondProxy:
         for message in messages:
             self._socket.send_multipart([self._connections[worker.worker], encode(message)])
 
-    def receive(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
+    def receive(self, worker: Register, count: int, wait_s: float = 60.0) -> list[Message]:
         """A worker's next messages about requests: `count`, or as many as arrive within `wait_s`."""
         box = self._boxes[worker.worker]
         if len(box) < count:

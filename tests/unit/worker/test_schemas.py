@@ -102,7 +102,6 @@ def faults_of(text: str, schema: Any) -> Iterator[str]:
         yield f"{error}: {text!r}"
 
 
-@pytest.mark.timeout(600)
 def test_answers_that_stop_are_valid(answers: dict[str, Answer]) -> None:
     """Guards against an answer with finish_reason stop that its schema does not allow, judged by another library."""
     assert len(SCHEMAS) >= 200

@@ -20,6 +20,7 @@ from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.client import StoreClient
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.launch.local import free_port
 from baton.node.credentials import Credentials, Keys
 from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, PEER, RAM
@@ -31,12 +32,6 @@ from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 ROOT = Path(__file__).resolve().parents[4]
 PATIENCE_S = 60.0
 ATTEMPTS = 5
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -54,7 +49,7 @@ class Store:
         self.secret_file = log.parent / "secret"
         if not self.secret_file.exists():
             write_secret(self.secret_file)
-        self.address = f"tcp://127.0.0.1:{_free_port()}"
+        self.address = f"tcp://127.0.0.1:{free_port()}"
         self._arguments = arguments
         self.start()
 
@@ -211,7 +206,7 @@ def test_garbage_on_the_socket_is_ignored(started, joined) -> None:  # type: ign
 
 def test_a_store_without_a_proxy_is_ready_once_it_serves(started) -> None:  # type: ignore[no-untyped-def]
     """Guards a host's store behind probes: it need join no proxy, and one that is not ready is never used."""
-    port = _free_port()
+    port = free_port()
     store = started(*SMALL, "--probe-port", str(port))
     store.wait_for("store_started")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=PATIENCE_S) as answer:
