@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from baton.kvtransfer.blocks.copies import Copies, Lock, Pair
+from baton.kvtransfer.blocks.copies import Copies, Pair
 from baton.kvtransfer.blocks.memory import SharedReader
 from baton.kvtransfer.store.arena import map_arena
 from baton.kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.kvtransfer.store.mapped_arena import MappedArena
 from baton.node.counters import StoreClientCounters
 from baton.node.errors import PeerLost
 from baton.node.leg import LegKey
@@ -106,21 +107,6 @@ class _Writing:
         return not self.ending
 
 
-@dataclass(slots=True)
-class _Mapped:
-    """The arena of one life of the store."""
-
-    store: Attached
-    reader: SharedReader
-    lock: Lock
-    ready: bool = False
-    """Whether copies may use it."""
-
-    def close(self) -> None:
-        self.lock.close()
-        self.reader.close()
-
-
 class StoreSession:
     """One worker's session with the store: `send` goes to the store, `deliver` to the worker's loop."""
 
@@ -140,9 +126,7 @@ class StoreSession:
         self._queue: CopyQueue[_Reading | _Writing] = CopyQueue(copies)
         self._send = send
         self._deliver = deliver
-        self._mapped = mapped
-        self._arena: _Mapped | None = None
-        self._leaving: _Mapped | None = None  # lost, and still used by copies
+        self._arena = MappedArena(copies, mapped)
         self._last_message_at = 0.0
         self._next_at = 0.0
         self._numbers = 0
@@ -152,12 +136,12 @@ class StoreSession:
 
     @property
     def attached(self) -> bool:
-        return self._arena is not None and self._arena.ready
+        return self._arena.ready
 
     @property
     def store(self) -> str:
         """The identity of the store that is attached, "" while there is none."""
-        return self._arena.store.store if self._arena is not None and self._arena.ready else ""
+        return self._arena.store.store if self._arena.store is not None and self._arena.ready else ""
 
     @property
     def poll_s(self) -> float:
@@ -239,11 +223,11 @@ class StoreSession:
 
     def tick(self, now: float) -> float:
         """Beat, attach, give up what waits too long; returns when to call again."""
-        if self._arena is not None and now - self._last_message_at > DOWN_AFTER_S:
+        if self._arena.store is not None and now - self._last_message_at > DOWN_AFTER_S:
             self._lose("silent", now)
         if now >= self._next_at:
             self._next_at = now + BEAT_S
-            self._send(Beat() if self._arena is not None else self._attach)
+            self._send(Beat() if self._arena.store is not None else self._attach)
         self._look_at_lock(now)
         for reading in [each for each in self._readings.values() if now >= each.deadline]:
             self._end_reading(reading, now)
@@ -259,9 +243,8 @@ class StoreSession:
                 self._on_saved(done.copy.operation, done)
             else:
                 self._on_copied(done.copy.operation, done, clock())
-        if self._leaving is not None and self._queue.idle:
-            self._leaving.close()
-            self._leaving = None
+        if self._arena.is_leaving and self._queue.idle:
+            self._arena.let_go()
 
     def close(self) -> None:
         """Wait for the copies under way, and let go of the arena; nothing is delivered any more."""
@@ -269,41 +252,35 @@ class StoreSession:
         self._by_key.clear()
         self._writings.clear()
         self._queue.close()
-        for mapped in (self._arena, self._leaving):
-            if mapped is not None:
-                mapped.close()
-        self._arena = self._leaving = None
+        self._arena.close()
 
     # -- attaching
 
     def _on_attached(self, message: Attached, now: float) -> None:
-        if self._arena is not None:
+        if self._arena.store is not None:
             if self._arena.store == message:
                 return
             self._lose("another life of the store", now)
-        if self._leaving is not None:
+        if self._arena.is_leaving:
             return  # asked again until its memory is free
         try:
-            reader = self._mapped(message)
+            self._arena.map(message)
         except PeerLost as error:
             self._refuse(error, now + REFUSED_S)
             return
-        self._arena = _Mapped(message, reader, self._copies.lock(reader.view))
         self._next_at = now + min(BEAT_S, message.lease_s / 4)
         self._look_at_lock(now)
 
     def _look_at_lock(self, now: float) -> None:
         """The arena counts from when copies may use it; until then the store gets beats."""
-        if (arena := self._arena) is None or arena.ready:
-            return
         try:
-            arena.ready = arena.lock.ready()
+            became_ready = self._arena.became_ready()
         except PeerLost as error:
             self._unmap()
             self._refuse(error, now + UNUSABLE_S)
             return
-        if arena.ready:
-            log_event(logger, "store_attached", size_mib=round(arena.store.size_bytes / (1 << 20), 1))
+        if became_ready and self._arena.store is not None:
+            log_event(logger, "store_attached", size_mib=round(self._arena.store.size_bytes / (1 << 20), 1))
 
     def _refuse(self, error: PeerLost, until: float) -> None:
         self._next_at = until
@@ -311,7 +288,7 @@ class StoreSession:
 
     def _lose(self, reason: str, now: float) -> None:
         """The store holds nothing for us any more: all that waits for it ends."""
-        if self._arena is not None:
+        if self._arena.store is not None:
             self.counters.store_disconnects += 1
             log_event(logger, "store_lost", level=logging.WARNING, reason=reason)
         for reading in [*self._readings.values()]:
@@ -324,13 +301,7 @@ class StoreSession:
     def _unmap(self) -> None:
         """Now, or when no copy uses it any more."""
         self._queue.drop_waiting()
-        arena, self._arena = self._arena, None
-        if arena is None:
-            return
-        if self._queue.idle:
-            arena.close()
-        else:
-            self._leaving = arena
+        self._arena.unmap(in_use=not self._queue.idle)
 
     # -- reading
 
@@ -372,7 +343,7 @@ class StoreSession:
     def _queue_load(self, reading: _Reading, number: int, offset: int, digest: bytes) -> None:
         assert reading.blocks is not None, "a load without blocks"
         try:
-            span = self._span(offset)
+            span = self._arena.span(offset)
         except PeerLost:
             self._on_damaged(reading, number)
         else:
@@ -426,7 +397,7 @@ class StoreSession:
             return
         slots = [slot for slot in message.slots if slot.index < len(writing.blocks)]
         try:
-            spans = [self._span(slot.offset) for slot in slots]
+            spans = [self._arena.span(slot.offset) for slot in slots]
         except PeerLost:
             slots, spans = [], []
         writing.left = len(slots)
@@ -450,11 +421,6 @@ class StoreSession:
         self._send(Commit(id=writing.id, written=tuple(writing.written)))
         self._deliver(StoreWritten(writing.key, len(writing.written)))
         del self._writings[writing.id]
-
-    def _span(self, offset: int) -> memoryview:
-        """A block of the arena. Raises PeerLost for a place outside of it."""
-        assert self._arena is not None, "a copy without an arena"
-        return self._arena.reader.span(offset, self._copies.block_bytes)
 
     def _number(self) -> int:
         self._numbers += 1
