@@ -294,18 +294,21 @@ def test_messages_of_unknown_and_impersonating_peers(cluster: Cluster) -> None:
     names = ["unknown/1", identity(cluster, "prefill-0"), identity(cluster, "decode-0"), "proxy"]
     names.append(f"proxy@tcp://127.0.0.1:{cluster.nodes.ports.control}")  # a worker's name of its link to the proxy
     body = ANSWER | {"max_tokens": 400}
-    stream = cluster.begin(PROMPT + " Untrusted.", **body)
-    cluster.wait_until(lambda: stream.num_chunks > 3, "the stream has begun")
-    request_id = f"{stream.id}-0"
-    places = [place for place in all_ports(cluster) if place != f"proxy:{cluster.nodes.port}"]
-    for place in places:
+    streams = []
+    for place in [place for place in all_ports(cluster) if place != f"proxy:{cluster.nodes.port}"]:
+        stream = cluster.begin(PROMPT + " Untrusted.", **body)
+        streams.append(stream)
+        cluster.wait_until(lambda stream=stream: stream.num_chunks > 3, "the stream has begun")
+        request_id = f"{stream.id}-0"
         for name in names:
             with insider(cluster, place, name.encode()) as client:
                 client.send(*one_of_each(request_id))
                 client.send(*one_of_each(request_id)[::-1])
-    assert not stream.ended, "the stream was too short for this test"
-    assert stream.join().finish == "length" and stream.error is None and stream.broken is None
-    assert stream.text == cluster.complete(PROMPT + " Untrusted.", **body)["choices"][0]["text"]
+        assert not stream.ended, "the stream was too short for this test"
+    wanted = cluster.complete(PROMPT + " Untrusted.", **body)["choices"][0]["text"]
+    for stream in streams:
+        assert stream.join().finish == "length" and stream.error is None and stream.broken is None
+        assert stream.text == wanted
     assert "draining" not in cluster.nodes.log("prefill-0") + cluster.nodes.log("decode-0")
 
 
