@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from baton.kvtransfer.blocks.memory import SharedFile
@@ -186,7 +187,8 @@ def reap(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+                process.wait(STOP_S)
 
 
 def pool_made(pool: BlockPool) -> PoolMade:
