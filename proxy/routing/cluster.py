@@ -155,14 +155,17 @@ class ClusterState:
                 workers.shares.leave(leg.tenant, member.register.role, leg.blocks)
 
     def is_replaced(self, identity: str) -> bool:
-        """Whether this worker is an orphan, and one of its name has started later."""
+        """Whether this worker is an orphan, and another of its name is none, or has started later.
+
+        Clocks may go back between two starts, or differ between hosts: the one that is no orphan takes the place."""
         member = self._member(identity)
         return (
             member is not None
             and member.orphaned
             and any(
-                each.register.worker == member.register.worker
-                and each.register.incarnation > member.register.incarnation
+                each is not member
+                and each.register.worker == member.register.worker
+                and (not each.orphaned or each.register.incarnation > member.register.incarnation)
                 for _, each in self._members()
             )
         )

@@ -110,6 +110,17 @@ def test_a_register_evicts_no_member() -> None:
         assert cluster.models["m"].members["d/1"].register == _register()
 
 
+@pytest.mark.parametrize(("orphans", "replaced"), [("", ""), ("1", "1"), ("2", "2"), ("12", "1")])
+def test_an_orphan_makes_way_for_its_namesake(orphans: str, replaced: str) -> None:
+    """Guards the memory of a GPU that an orphan holds: also where the clock has gone back since its start."""
+    cluster = ClusterState(60, ["m"])
+    for incarnation in (1, 2):
+        assert cluster.join(f"d/{incarnation}", _register(incarnation=incarnation), 0) == ""
+        beat = Heartbeat(worker="d", incarnation=incarnation, load=Load(), orphaned=str(incarnation) in orphans)
+        assert cluster.beat(f"d/{incarnation}", beat, 0)
+    assert [each for each in "12" if cluster.is_replaced(f"d/{each}")] == list(replaced)
+
+
 def test_a_worker_that_hears_nothing_is_overdue() -> None:
     """Guards requests from a worker whose Registers arrive and that no answer reaches: it went on for ever to get some
     that it never heard of."""
