@@ -41,14 +41,17 @@ class CallWriter:
         self._has_arguments = False
         self._beginning = ""
         """Of the open call."""
+        self._ids: set[str] = set()
+        """Those that the model wrote."""
 
     @property
     def is_full(self) -> bool:
         """A call beyond `max_calls` has begun."""
         return self._max_calls is not None and self.num_calls > self._max_calls
 
-    def begin(self, name: str) -> bool:
-        """Whether there is such a function; if so, its call has begun."""
+    def begin(self, name: str, written_id: str = "") -> bool:
+        """Whether there is such a function; if so, its call has begun. `written_id`: what the model wrote as the id of
+        the call, which it is unless an earlier one has it."""
         if name not in self._tools:
             return False
         self.is_open = True
@@ -59,7 +62,9 @@ class CallWriter:
         self._muted = self.is_full
         if not self._muted:
             index = self.num_calls - 1
-            self._events.append(CallBegin(index, self._id_of(index), name))
+            is_new = written_id and written_id not in self._ids
+            self._ids.add(written_id)
+            self._events.append(CallBegin(index, written_id if is_new else self._id_of(index), name))
         return True
 
     def arguments(self, text: str) -> None:

@@ -13,6 +13,7 @@ from baton.proxy.formats.tables import (
     DEEPSEEK_V31,
     HARMONY,
     HERMES,
+    KIMI_K2,
     LLAMA3_JSON,
     MISTRAL,
     MISTRAL_V11,
@@ -21,7 +22,7 @@ from baton.proxy.formats.tables import (
     CallFormat,
 )
 
-_OF_OTHER_FORMATS = ("<arg_key>", "<|tool_calls_section_begin|>", "｜DSML｜")
+_OF_OTHER_FORMATS = ("<arg_key>", "｜DSML｜")
 """Parts of templates whose formats have no table yet, though some have markers of one that has."""
 _PYTHON_EXAMPLE = ("[func_name1(", "<|python_start|>")
 
@@ -32,6 +33,8 @@ def detect_calls(template: str, added_tokens: Collection[str]) -> CallFormat | N
         return None
     if "<|channel|>" in template:
         return HARMONY if "<|message|>" in template else None
+    if "<|tool_calls_section_begin|>" in template:
+        return KIMI_K2
     if "<function=" in template:
         return QWEN3_XML
     if "<tool_call>" in template:

@@ -35,6 +35,8 @@ class Envelope:
     opens: str = ""
     closes: str = ""
     style: ArgumentStyle = ArgumentStyle.JSON
+    has_index: bool = False
+    """A colon and a number follow a function's name."""
     tag: tuple[str, str] | None = None
     """Markers that may stand around a group; without them, a group begins an answer, and is known by its first
     character."""
@@ -42,6 +44,7 @@ class Envelope:
 
 _JSON_BEFORE = '{"name": "'
 _JSON_BEHIND = '", "arguments": '
+_KIMI = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
 _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 ENVELOPES: Mapping[str, Envelope] = {
@@ -57,6 +60,9 @@ ENVELOPES: Mapping[str, Envelope] = {
     "mistral_v11": Envelope("[TOOL_CALLS]", "[ARGS]", ""),
     "deepseek_v3": Envelope(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", "\n", *_DEEPSEEK
+    ),
+    "kimi_k2": Envelope(
+        "<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "", *_KIMI, has_index=True
     ),
     "harmony": Envelope("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
     "deepseek_v31": Envelope("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "", *_DEEPSEEK),

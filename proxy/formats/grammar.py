@@ -18,6 +18,7 @@ from baton.proxy.formats.lark import LarkWriter, holds_none_of, joined, literal
 from baton.proxy.formats.tables import CONTENT, FORMATS
 
 _ANY = r"/(.|\n)*/"
+_INDEX = "/:(0|[1-9][0-9]{0,3})/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,10 @@ def _group(writer: LarkWriter, rules: CallRules, envelope: Envelope, json_rule: 
         arguments = arguments_rule(
             writer, envelope.style, function.parameters, strict=function.strict, json_rule=json_rule
         )
-        head = writer.text(f"{function.name}{envelope.behind}")
+        if envelope.has_index:
+            head = joined((literal(function.name), writer.terminal(_INDEX), writer.text(envelope.behind)))
+        else:
+            head = writer.text(f"{function.name}{envelope.behind}")
         calls.append(joined((head, arguments, writer.text(envelope.after))))
     named = writer.rule(" | ".join(calls))
     first = joined((writer.text(before), named))

@@ -27,6 +27,7 @@ MAX_HEADER_CHARS = 512
 MAX_REGION_CHARS = 1 << 18
 """A longer text whose function has no name yet is content."""
 _RECIPIENT = re.compile(r"(?:^functions\.|\bto=(?:functions\.)?)([A-Za-z0-9_.\-]+)")
+_INDEXED = re.compile(r"(?:functions\.)?([A-Za-z0-9_.\-]+)(:[0-9]+)?")
 _PROSE = frozenset((Reads.CONTENT, Reads.REASONING))
 
 
@@ -370,9 +371,9 @@ class FormatMachine:
 
     # Calls
 
-    def begin(self, name: str) -> bool:
+    def begin(self, name: str, written_id: str = "") -> bool:
         """Whether `name` is declared; if so, its call begins."""
-        if not self._calls.begin(name):
+        if not self._calls.begin(name, written_id):
             return False
         self._pending = False
         self._clear_held()
@@ -384,7 +385,11 @@ class FormatMachine:
 
     def _begin_named(self, marker: str) -> bool:
         """At the end of a name: whether it is a call's."""
-        if self.begin(self._name.strip(BLANK)):
+        name, written_id = self._name.strip(BLANK), ""
+        if self._row.has_index:
+            found = _INDEXED.fullmatch(name)
+            name, written_id = (found[1], name if found[2] else "") if found is not None else ("", "")
+        if self.begin(name, written_id):
             self._parameters = ParameterWriter(self._calls, self._calls.schema)
             return True
         self._hold(marker)
@@ -443,7 +448,8 @@ class FormatMachine:
                     self._go(self._row.peeks[char])
                 return place
             follows_blank = self._name[-1:].isspace() and not self._name.isspace()
-            allowed = char in BLANK or ((char.isalnum() or char in "_-.") and not follows_blank)
+            is_part = char.isalnum() or char in "_-." or (char == ":" and self._row.has_index)
+            allowed = char in BLANK or (is_part and not follows_blank)
             if not allowed or len(self._name) == MAX_NAME_CHARS:
                 self._hold(text[start:place])
                 self._fail()

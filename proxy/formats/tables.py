@@ -58,6 +58,8 @@ class FormatState:
     """A call may begin from here on; if it does not, the text from here on is content."""
     inside: bool = False
     """A call that has begun goes on in this state."""
+    has_index: bool = False
+    """Of NAME: the text is `functions.NAME:INDEX`, which is also the id of the call."""
     strict: bool = False
     """Of CALL: an object without arguments, or with keys that no call has, is content."""
 
@@ -179,29 +181,34 @@ MISTRAL = CallFormat(
 MISTRAL_V11 = replace(MISTRAL, name="mistral_v11")
 """The same for reading."""
 
-_CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_CALL_BEGIN, _CALL_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+_DEEPSEEK_TAGS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+_SEP = "<｜tool▁sep｜>"
 
 
-def _deepseek(name: str, first: str, skips: str, states: Mapping[str, FormatState]) -> CallFormat:
-    """Both versions have the same outer tags; `first` is the state after the tag that begins a call."""
-    after = {_CALL_END: "calls", _CALLS_END: CONTENT, _CALL_BEGIN: first}
+def _nested(
+    name: str, tags: tuple[str, str, str, str], first: str, skips: str, states: Mapping[str, FormatState]
+) -> CallFormat:
+    """A pair of tags around all calls and another one around each; `first` is the state after the tag that begins a
+    call."""
+    calls_begin, calls_end, call_begin, call_end = tags
+    after = {call_end: "calls", calls_end: CONTENT, call_begin: first}
     return CallFormat(
         name,
         {
-            CONTENT: FormatState(Reads.CONTENT, {_CALLS_BEGIN: "section", _CALL_BEGIN: first}),
-            "section": FormatState(Reads.GAP, {_CALL_BEGIN: first, _CALLS_END: CONTENT}, opens=True),
-            "calls": FormatState(Reads.GAP, {_CALL_BEGIN: first, _CALLS_END: CONTENT}),
+            CONTENT: FormatState(Reads.CONTENT, {calls_begin: "section", call_begin: first}),
+            "section": FormatState(Reads.GAP, {call_begin: first, calls_end: CONTENT}, opens=True),
+            "calls": FormatState(Reads.GAP, {call_begin: first, calls_end: CONTENT}),
             "arguments": FormatState(Reads.ARGUMENTS, after, then="called", inside=True),
             "called": FormatState(Reads.GAP, after, skips=skips),
             **states,
         },
-        ends_reasoning=frozenset({_CALLS_BEGIN, _CALL_BEGIN}),
+        ends_reasoning=frozenset({calls_begin, call_begin}),
     )
 
 
-DEEPSEEK_V3 = _deepseek(
+DEEPSEEK_V3 = _nested(
     "deepseek_v3",
+    _DEEPSEEK_TAGS,
     "kind",
     BLANK + "`",
     {
@@ -209,8 +216,16 @@ DEEPSEEK_V3 = _deepseek(
         "name": FormatState(Reads.NAME, {"```json": "arguments"}),
     },
 )
-DEEPSEEK_V31 = _deepseek(
-    "deepseek_v31", "name", BLANK, {"name": FormatState(Reads.NAME, {_SEP: "arguments"}, opens=True)}
+DEEPSEEK_V31 = _nested(
+    *("deepseek_v31", _DEEPSEEK_TAGS, "name", BLANK),
+    {"name": FormatState(Reads.NAME, {_SEP: "arguments"}, opens=True)},
+)
+KIMI_K2 = _nested(
+    "kimi_k2",
+    ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>"),
+    "name",
+    BLANK,
+    {"name": FormatState(Reads.NAME, {"<|tool_call_argument_begin|>": "arguments"}, opens=True, has_index=True)},
 )
 
 _PART = {"<|channel|>": "header", "<|start|>": "header"}
@@ -238,5 +253,8 @@ github.com/openai/harmony."""
 
 FORMATS: Mapping[str, CallFormat] = {
     each.name: each
-    for each in (HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11, DEEPSEEK_V3, DEEPSEEK_V31, HARMONY)
+    for each in (
+        *(HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11),
+        *(DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, HARMONY),
+    )
 }

@@ -44,6 +44,7 @@ def read_events(events: Iterable[FormatEvent]) -> Read:
     """Joins the events, and checks that they come in an order that an encoder can send."""
     content, reasoning = "", ""
     calls: list[tuple[str, str, bool]] = []
+    ids: set[str] = set()
     is_open = False
     for event in events:
         if isinstance(event, ContentText | ReasoningText):
@@ -51,7 +52,10 @@ def read_events(events: Iterable[FormatEvent]) -> Read:
             content += event.text if isinstance(event, ContentText) else ""
             reasoning += event.text if isinstance(event, ReasoningText) else ""
         elif isinstance(event, CallBegin):
-            assert event.index == len(calls) and event.id == f"id{event.index}" and not is_open
+            written = event.id.endswith(f"{event.name}:{event.id.rpartition(':')[2]}")
+            assert event.index == len(calls) and (event.id == f"id{event.index}" or written) and not is_open
+            assert event.id not in ids
+            ids.add(event.id)
             calls.append((event.name, "", False))
             is_open = True
         else:
@@ -180,6 +184,14 @@ def _deepseek(bodies: Iterable[str], between: str) -> str:
     return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
 
 
+def kimi_k2(calls: Sequence[Call]) -> str:
+    written = "".join(
+        f"<|tool_call_begin|>functions.{name}:{place}<|tool_call_argument_begin|>{json.dumps(arguments)}<|tool_call_end|>"
+        for place, (name, arguments) in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{written}<|tool_calls_section_end|>"
+
+
 def harmony(calls: Sequence[Call]) -> str:
     head = "<|channel|>commentary to=functions."
     written = (f"{name} <|constrain|>json<|message|>{json.dumps(arguments)}" for name, arguments in calls)
@@ -195,6 +207,7 @@ RENDERERS: Mapping[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
     "mistral_v11": ("mistral", mistral_v11),
     "deepseek_v3": ("deepseek_v3", deepseek_v3),
     "deepseek_v31": ("deepseek_v31", deepseek_v31),
+    "kimi_k2": ("kimi_k2", kimi_k2),
     "harmony": ("harmony", harmony),
 }
 """How calls are written -> the format, and the function that writes."""

@@ -25,6 +25,7 @@ DEEPSEEK = "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
         ("{{ tools }}[TOOL_CALLS]f[ARGS]", ["[TOOL_CALLS]"], "mistral_v11"),
         (DEEPSEEK + "\n```json\n", [], "deepseek_v3"),
         (DEEPSEEK, [], "deepseek_v31"),
+        ("{{ tools }}<|tool_calls_section_begin|><|tool_call_begin|>", [], "kimi_k2"),
         ("{{ tools }}<|channel|>final<|message|>", ["<|channel|>"], "harmony"),
         ("{{ tools }}<tool_call><arg_key>", ["<tool_call>"], None),
         ("{{ messages }}", ["<tool_call>"], None),

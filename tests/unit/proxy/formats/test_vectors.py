@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from baton.proxy.formats.events import CallBegin
 from baton.proxy.formats.markup import THINK, Thinking
 from baton.tests.unit.proxy.formats.renderers import Read, cut, machine_of, run, text_tokens
 
@@ -196,6 +197,24 @@ VECTORS = {
         "llama3_json", '<think>x</think>\n{"name": "f", "parameters": {}}', reasoning="x", calls=(call("{}"),)
     ),
     "reasoning, then a bare answer": V("llama3_json", "<think>x</think>\n\nA", "A", reasoning="x"),
+    "a name with an index": V(
+        "kimi_k2",
+        "Hm.\n<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+        '{"s": "<|tool_call_end|>"}<|tool_call_end|> <|tool_call_begin|> functions.no-arguments:11 '
+        "<|tool_call_argument_begin|>\n{}\n<|tool_call_end|><|tool_calls_section_end|>",
+        "Hm.", calls=(call('{"s": "<|tool_call_end|>"}'), call("{}", name="no-arguments")),
+    ),
+    "no section, no index, no end": V(
+        "kimi_k2", '<|tool_call_begin|>f<|tool_call_argument_begin|>{"i": 1}', calls=(call('{"i": 1}'),)
+    ),
+    "an undeclared name with an index": V(
+        "kimi_k2", "<|tool_call_begin|>functions.g:0<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        "<|tool_call_begin|>functions.g:0<|tool_call_argument_begin|>{}<|tool_call_end|>",
+    ),
+    "a section that ends reasoning": V(
+        "kimi_k2", "Hm<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}",
+        calls=(call("{}"),), reasoning="Hm", thinking=Thinking.OPEN,
+    ),
     "channels": V(
         "harmony",
         "<|channel|>analysis<|message|>Hm, <b>.<|end|><|start|>assistant<|channel|>final<|message|>Hi\n\nyou<|return|>",
@@ -261,6 +280,15 @@ def test_reasoning_tokens_are_counted_with_their_markers() -> None:
     machine = machine_of("hermes", ids, reasoning=THINK)
     run(machine, [(9, ""), (0, "\n"), (0, "a"), (0, "b"), (10, ""), (0, "c")])
     assert machine.num_reasoning_tokens == 5
+
+
+def test_ids_that_a_model_writes_are_those_of_its_calls() -> None:
+    """Guards Kimi K2's history, which shows ids as names, and answers in which an index comes twice."""
+    written = (f"<|tool_call_begin|>{each}<|tool_call_argument_begin|>{{}}" for each in ("functions.f:3", "f:4", "f"))
+    text = "".join(written) + "<|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}"
+    events = machine_of("kimi_k2").push(0, text)
+    ids = [event.id for event in events if isinstance(event, CallBegin)]
+    assert ids == ["functions.f:3", "f:4", "id2", "id3"]
 
 
 def test_calls_beyond_the_limit_are_dropped() -> None:
