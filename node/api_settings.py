@@ -19,7 +19,7 @@ MAX_KEY_FILE_BYTES = 1 << 20
 AUTO = "auto"
 TOOL_FORMATS = (
     *(AUTO, "none", "hermes", "llama3_json", "qwen3_xml", "pythonic"),
-    *("mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony"),
+    *("mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "kimi_k2", "glm45", "harmony"),
 )
 """Besides the first two, the tables of the proxy."""
 REASONING_FORMATS = (AUTO, "none", "think", "think_brackets")

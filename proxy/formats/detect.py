@@ -11,6 +11,7 @@ from baton.proxy.formats.markup import THINK, THINK_BRACKETS, ReasoningMarkers
 from baton.proxy.formats.tables import (
     DEEPSEEK_V3,
     DEEPSEEK_V31,
+    GLM45,
     HARMONY,
     HERMES,
     KIMI_K2,
@@ -22,8 +23,8 @@ from baton.proxy.formats.tables import (
     CallFormat,
 )
 
-_OF_OTHER_FORMATS = ("<arg_key>", "｜DSML｜")
-"""Parts of templates whose formats have no table yet, though some have markers of one that has."""
+_OF_OTHER_FORMATS = ("｜DSML｜",)
+"""Parts of templates whose formats have no table yet, though they may have markers of one that has."""
 _PYTHON_EXAMPLE = ("[func_name1(", "<|python_start|>")
 
 
@@ -33,6 +34,8 @@ def detect_calls(template: str, added_tokens: Collection[str]) -> CallFormat | N
         return None
     if "<|channel|>" in template:
         return HARMONY if "<|message|>" in template else None
+    if "<arg_key>" in template:
+        return GLM45
     if "<|tool_calls_section_begin|>" in template:
         return KIMI_K2
     if "<function=" in template:

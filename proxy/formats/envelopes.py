@@ -67,4 +67,4 @@ ENVELOPES: Mapping[str, Envelope] = {
     "harmony": Envelope("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
     "deepseek_v31": Envelope("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "", *_DEEPSEEK),
 }
-"""By the name of the format."""
+"""By the name of the format; calls of others are read, and not forced."""

@@ -172,12 +172,17 @@ class FormatMachine:
     def _opaque(self) -> bool:
         return self._reader is not None and self._reader.opaque
 
+    def _is_text(self, marker: str) -> bool:
+        """Whether a marker that is a token is part of the text that is read."""
+        row = self._row
+        return self._opaque or (row.reads is Reads.VALUE and (marker not in row.moves or self._in_json_value))
+
     def _take_marker(self, marker: str) -> None:
         """One that is a token of its own."""
-        if not self._opaque and self._row.reads is not Reads.VALUE:
+        if not self._is_text(marker):
             self._flush_tail()
         row = self._row
-        if self._opaque or row.reads is Reads.VALUE:
+        if self._is_text(marker):
             self._take_text(marker)
         elif marker in row.moves:
             self._move(marker)
@@ -390,7 +395,8 @@ class FormatMachine:
             found = _INDEXED.fullmatch(name)
             name, written_id = (found[1], name if found[2] else "") if found is not None else ("", "")
         if self.begin(name, written_id):
-            self._parameters = ParameterWriter(self._calls, self._calls.schema)
+            bare = self._markup.format.bare_values
+            self._parameters = ParameterWriter(self._calls, self._calls.schema, bare=bare)
             return True
         self._hold(marker)
         self._fail()

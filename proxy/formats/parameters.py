@@ -21,8 +21,9 @@ MAX_WAITING_CHARS = 1 << 18
 class ParameterWriter:
     """The arguments of one call."""
 
-    def __init__(self, sink: CallSink, schema: Mapping[str, Any]) -> None:
-        """`schema`: of the function's parameters."""
+    def __init__(self, sink: CallSink, schema: Mapping[str, Any], *, bare: bool = False) -> None:
+        """`schema`: of the function's parameters; `bare`: values have no line breaks of their tags around them."""
+        self._bare = bare
         self._sink = sink
         self._schema = resolved(schema, schema)
         properties = self._schema.get("properties")
@@ -57,8 +58,8 @@ class ParameterWriter:
             self._sink.arguments('"')
 
     def text(self, text: str) -> None:
-        """More of the value; one line break at its start belongs to the tag."""
-        if self._at_start:
+        """More of the value; one line break at its start belongs to the tag, unless values are bare."""
+        if self._at_start and not self._bare:
             self._at_start = False
             text = text[1:] if text[0] == "\n" else text
         if self._streams:

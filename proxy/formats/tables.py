@@ -35,7 +35,8 @@ class Reads(Enum):
     KEY = auto()
     """The name of one parameter, up to a marker."""
     VALUE = auto()
-    """The value of that parameter as raw text, up to a marker. Markers that are tokens are text here, too."""
+    """The value of that parameter as raw text, up to a marker of this state. All others are text here, also those that
+    are tokens."""
     PYTHON = auto()
     """Keyword arguments of a Python call, to its closing parenthesis."""
     CHANNEL = auto()
@@ -78,6 +79,8 @@ class CallFormat:
     """Length of the ids of calls where they are letters and digits only; 0: OpenAI's form."""
     one_call: bool = False
     """Templates of these models take one call a message."""
+    bare_values: bool = False
+    """A line break behind the marker that begins a value is part of the value."""
     has_channels: bool = False
     """All of an answer is parts with headers, of which none is ever content."""
 
@@ -142,6 +145,22 @@ QWEN3_XML = CallFormat(
         "called": FormatState(Reads.GAP, {"</tool_call>": CONTENT, "<function=": "name", "<tool_call>": "tag"}),
     },
     ends_reasoning=frozenset({"<tool_call>"}),
+)
+
+GLM45 = CallFormat(
+    "glm45",
+    {
+        CONTENT: FormatState(Reads.CONTENT, {"<tool_call>": "name"}),
+        "name": FormatState(Reads.NAME, {"<arg_key>": "key", "</tool_call>": CONTENT}, opens=True),
+        "key": FormatState(Reads.KEY, {"</arg_key>": "keyed"}, inside=True),
+        "keyed": FormatState(Reads.GAP, {"<arg_value>": "value"}, inside=True),
+        "value": FormatState(Reads.VALUE, {"</arg_value>": "parameters"}, inside=True),
+        "parameters": FormatState(
+            Reads.GAP, {"<arg_key>": "key", "</tool_call>": CONTENT, "<tool_call>": "name"}, inside=True
+        ),
+    },
+    ends_reasoning=frozenset({"<tool_call>"}),
+    bare_values=True,
 )
 
 PYTHONIC = CallFormat(
@@ -255,6 +274,6 @@ FORMATS: Mapping[str, CallFormat] = {
     each.name: each
     for each in (
         *(HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11),
-        *(DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, HARMONY),
+        *(DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, GLM45, HARMONY),
     )
 }

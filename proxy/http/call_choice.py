@@ -9,6 +9,8 @@ Knows no grammar; what a function's `strict` means for its schema is decided her
 
 from __future__ import annotations
 
+from baton.node.errors import BadRequest
+from baton.proxy.formats.envelopes import ENVELOPES
 from baton.proxy.formats.grammar import CallableFunction, CallRules
 from baton.proxy.formats.markup import Markup
 from baton.proxy.http.tools import ToolRequest
@@ -22,6 +24,8 @@ def answer_grammar(tools: ToolRequest, content: GrammarRequest | None, markup: M
         return content
     if not (tools.forced or tools.narrowed or content is not None or any(tools.strict.values())):
         return None
+    if markup.format.name not in ENVELOPES:
+        raise _not_forced(tools, markup.format.name)
     if markup.format.has_channels and not tools.forced and content is None:
         return None  # a part begins alike whatever it is, so that a grammar would make a call of each
     functions = [
@@ -41,6 +45,18 @@ def answer_grammar(tools: ToolRequest, content: GrammarRequest | None, markup: M
         content=None if tools.forced else content,
     )
     return request.to_grammar_request()
+
+
+def _not_forced(tools: ToolRequest, format: str) -> BadRequest:
+    """What asks for a grammar of calls that there is none of."""
+    if tools.forced or tools.narrowed:
+        what, param = "tool_choice must be auto or none", "tool_choice"
+    elif any(tools.strict.values()):
+        name = next(name for name, strict in tools.strict.items() if strict)
+        what, param = f"{name} cannot be strict", tools.params[name].replace("parameters", "strict")
+    else:
+        what, param = "an answer of a given form cannot have tools", "tools"
+    return BadRequest(f"{what}: calls in this model's format, {format}, are read and cannot be forced", param=param)
 
 
 def _is_bound(tools: ToolRequest, name: str) -> bool:

@@ -157,6 +157,15 @@ def _function(name: str, arguments: Mapping[str, Any]) -> str:
     return f"<function={name}>\n{parameters}</function>\n"
 
 
+def glm45(calls: Sequence[Call]) -> str:
+    return "\n".join(f"<tool_call>{name}\n{_pairs(arguments)}</tool_call>" for name, arguments in calls)
+
+
+def _pairs(arguments: Mapping[str, Any]) -> str:
+    written = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in arguments.items())
+    return "".join(f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in written)
+
+
 def pythonic(calls: Sequence[Call]) -> str:
     written = (f"{name}({', '.join(f'{key}={value!r}' for key, value in args.items())})" for name, args in calls)
     return f"[{', '.join(written)}]"
@@ -208,6 +217,7 @@ RENDERERS: Mapping[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
     "deepseek_v3": ("deepseek_v3", deepseek_v3),
     "deepseek_v31": ("deepseek_v31", deepseek_v31),
     "kimi_k2": ("kimi_k2", kimi_k2),
+    "glm45": ("glm45", glm45),
     "harmony": ("harmony", harmony),
 }
 """How calls are written -> the format, and the function that writes."""

@@ -36,14 +36,17 @@ from baton.tests.unit.proxy.formats.renderers import (
 NUM_CASES = 300
 """A format; a change of the machine deserves thirty times as many once."""
 WORDS = ["", " ", "\n", "a", "é", "漢", "😀", '"', "'", "\\", "{", "}", "[", "]", "(", ")", ",", ";", "`", "<", "None"]
-XML_ENDS = ("</parameter>", "\n</function>", "\n<parameter=", "\n</tool_call>")
+VALUE_ENDS = {
+    "qwen3_xml": ("</parameter>", "\n</function>", "\n<parameter=", "\n</tool_call>"),
+    "glm45": ("</arg_value>",),
+}
 PROSE = ["", "Let me see.", "A < b\n\n", " \n x", "<tool", "é 漢\n"]
 
 
 def random_string(source: random.Random, name: str, depth: int) -> str:
     text = "".join(source.choices([*WORDS, *markers_of(name)], k=source.randint(0, 4)))
-    if name == "qwen3_xml" and not depth:  # raw text ends where its tag does
-        while any(end in f"\n{text}\n" for end in XML_ENDS):
+    if name in VALUE_ENDS and not depth:  # raw text ends where its tag does
+        while any(end in f"\n{text}\n" for end in VALUE_ENDS[name]):
             text = text[1:]
     return text
 

@@ -197,6 +197,23 @@ VECTORS = {
         "llama3_json", '<think>x</think>\n{"name": "f", "parameters": {}}', reasoning="x", calls=(call("{}"),)
     ),
     "reasoning, then a bare answer": V("llama3_json", "<think>x</think>\n\nA", "A", reasoning="x"),
+    "keys and values": V(
+        "glm45",
+        "Hm.\n<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>\n5 <arg_key> \n</arg_value>\n<arg_key>i</arg_key>\n"
+        '<arg_value>5</arg_value>\n<arg_key>o</arg_key>\n<arg_value>{"k": "</arg_value>"}</arg_value>\n</tool_call>',
+        "Hm.", calls=(call('{"s": "\\n5 <arg_key> \\n", "i": 5, "o": {"k": "</arg_value>"}}'),),
+    ),
+    "keys without line breaks": V(
+        "glm45",
+        "<tool_call>no-arguments</tool_call><tool_call>f<arg_key>b</arg_key><arg_value>true</arg_value></tool_call>",
+        calls=(call("{}", name="no-arguments"), call('{"b": true}')),
+    ),
+    "cut behind a key": V(
+        "glm45", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>a</arg", calls=(call('{"s": "a</arg', BROKEN),)
+    ),
+    "an undeclared name with keys": V(
+        "glm45", "<tool_call>g\n<arg_key>s</arg_key>", "<tool_call>g\n<arg_key>s</arg_key>"
+    ),
     "a name with an index": V(
         "kimi_k2",
         "Hm.\n<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"

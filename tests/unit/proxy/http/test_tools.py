@@ -467,6 +467,27 @@ async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path, tmp
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
 
+async def test_calls_that_no_grammar_can_force_are_read_and_not_forced(demo_folder: Path) -> None:
+    """Guards against a choice that is dropped in silence."""
+    text = ModelText(demo_folder, tool_format="glm45")
+    answers = Answers(text)
+    answers.text = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call>"
+    app = create_app(FakeEngine(answers.script), {"demo": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        called = (await ask(client, tools=TOOLS))["message"]["tool_calls"][0]["function"]
+        assert called == {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+        strict = [function("get_weather", {"type": "object"}, strict=True)]
+        for fields, param in (
+            ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+            ({"tools": strict}, "tools.0.function.strict"),
+            ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools"),
+        ):
+            answer = await client.post("/v1/chat/completions", json={**BODY, **fields})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param) and "glm45" in error["message"]
+    text.close()
+
+
 async def test_channels_are_read_also_without_tools(demo_folder: Path, tmp_path: Path) -> None:
     """Guards gpt-oss's answers from headers in their text, and every answer from being made a call by `strict`."""
     folder = tmp_path / "demo"
