@@ -97,6 +97,12 @@ ADAPTERS = {
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         {"target_parameters": BOTH},
     ),
+    "experts as parameters, norms of heads": ("qwen3_moe", EXPERTS, {"target_parameters": BOTH}),
+    "experts as parameters, gated shared ones, a dense layer": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+        {"target_modules": ALL, "exclude_modules": ["shared_expert_gate"], "target_parameters": BOTH},
+    ),
     "gates of experts, scaled by patterns": (
         "gpt_oss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
@@ -298,23 +304,33 @@ def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prom
     assert logits_of(adapter.model, known, 6).argmax(-1).tolist() == known[len(prompt) :]
 
 
-def test_pairs_of_single_experts_equal_what_peft_makes_of_them(make_model, sequences, prompt, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "variant", "block", "width", "names"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "block_sparse_moe", 80, ("w1", "w3", "w2")),
+        ("qwen3_moe", EXPERTS, "mlp", 24, ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_pairs_of_single_experts_equal_what_peft_makes_of_them(
+    family, variant, block, width, names, make_model, sequences, prompt, tmp_path
+):
     """Folders from before transformers 5 name each expert's projections. Guards against a pair at another expert, and
     against tokens with experts of the adapter of a row beside them."""
-    made = make_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    made = make_model(family, **variant)
+    gate, up, down = names
     expected = []
     for seed in (1, 2):
         folder, generator = tmp_path / f"old{seed}", torch.Generator().manual_seed(seed)
         folder.mkdir()
         tensors = {}
         for layer, expert, (name, outputs, inputs) in product(
-            range(3), range(4), (("w1", 80, 48), ("w3", 80, 48), ("w2", 48, 80))
+            range(3), range(4), ((gate, width, 48), (up, width, 48), (down, 48, width))
         ):
-            module = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}."
+            module = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}."
             tensors[f"{module}lora_A.weight"] = torch.randn(4, inputs, generator=generator) * 0.15
             tensors[f"{module}lora_B.weight"] = torch.randn(outputs, 4, generator=generator) * 0.15
         save_file(tensors, folder / "adapter_model.safetensors")
-        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
+        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": names}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
         model = peft.PeftModel.from_pretrained(copy.deepcopy(made.reference), folder).eval()
         expected.append(MadeAdapter(folder, model))
