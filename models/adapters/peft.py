@@ -242,6 +242,8 @@ class _Assembler:
     ) -> None:
         self._config, self._adapter_config = config, adapter_config
         self._places, self._base_rows = places, base_rows
+        self._ranks: dict[str, int] = {}
+        self._scalings: dict[str, float] = {}
 
     def adapter(self, pairs: Mapping[str, Mapping[str, torch.Tensor]], digest: bytes) -> Adapter:
         products = adapted_products(self._config)
@@ -249,6 +251,8 @@ class _Assembler:
         embedding: LowRank | None = None
         lm_head: Parts = ()
         experts = _ExpertParts(layers)
+        self._ranks = self._adapter_config.ranks_of(pairs)
+        self._scalings = self._adapter_config.scalings_of(self._ranks)
         for module, pair in pairs.items():
             place = self._places[module]
             if isinstance(place, ExpertPlace):
@@ -285,13 +289,13 @@ class _Assembler:
         """The pair with the scaling in b, float32. has_bias: it takes no magnitude; num_experts: whose pairs are
         in it."""
         _check_whole(module, pair)
-        a, b, rank = pair["a"], pair["b"], num_experts * self._adapter_config.rank_of(module)
+        a, b, rank = pair["a"], pair["b"], num_experts * self._ranks[module]
         if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
             raise AdapterError(
                 f"module {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)}, by the model and the "
                 f"configuration [{rank}, {shape.num_inputs}] and [{shape.num_outputs}, {rank}]"
             )
-        scaled = LowRank(a, b.float() * self._adapter_config.scaling_of(module))
+        scaled = LowRank(a, b.float() * self._scalings[module])
         if ("magnitude" in pair) != self._adapter_config.has_magnitudes:
             raise AdapterError(f"module {module}: has a magnitude, or has none, other than 'use_dora' says")
         return self._with_magnitude(module, scaled, pair["magnitude"], has_bias) if "magnitude" in pair else scaled

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from baton.models.adapters.base_rows import rows_of_folder
 from baton.models.adapters.peft import read_adapter
 from baton.models.config import ModelConfig
-from baton.node.adapter_folder import WEIGHTS_NAME, read_facts
+from baton.node import adapter_folder
+from baton.node.adapter_folder import WEIGHTS_NAME, config_of, read_facts
 from baton.node.errors import AdapterError
 from baton.tests.unit.models.conftest import LATENT, Made
 
@@ -120,6 +121,7 @@ FIELDS = {
         {"target_parameters": ["mlp.experts.down_proj", "mlp.gate.weight"]},
         "'target_parameters' must be names that end in gate_up_proj or down_proj",
     ),
+    "pattern that is none behind a name's start": ({"rank_pattern": {"(?i)q_proj": 4}}, "no pattern of module names"),
     "broken pattern": ({"alpha_pattern": {"(": 1}}, "no pattern of module names"),
 }
 
@@ -196,6 +198,21 @@ def test_wrong_fields_are_refused_by_name(name: str, tmp_path: Path) -> None:
     fields, expected = FIELDS[name]
     with pytest.raises(AdapterError, match=expected):
         read_facts(write(tmp_path, pair(), **fields))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_times_modules_are_bounded(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a folder that is searched for minutes, and against another than the first pattern that matches."""
+    few = [f"layers.{number}.q_proj" for number in range(10)]
+    patterns = {f"layers.{number}.q_proj": 2 for number in (3, 8)} | {r".*\.(3|9)\.q_proj": 4}
+    config = config_of({"peft_type": "LORA", "r": 8, "lora_alpha": 8, field: patterns}, "x")
+    monkeypatch.setattr(adapter_folder, "MAX_COMPARISONS", 30)
+    ranks = config.ranks_of(few)
+    found = ranks if field == "rank_pattern" else config.scalings_of(ranks)
+    one, two, four = (8, 2, 4) if field == "rank_pattern" else (1, 0.25, 0.5)
+    assert list(found.values()) == [one, one, one, two, one, one, one, one, two, four]
+    with pytest.raises(AdapterError, match=f"'{field}': 3 patterns times 11 modules are more than 30 comparisons"):
+        config.scalings_of(config.ranks_of([*few, "layers.10.q_proj"]))
 
 
 @pytest.mark.parametrize("changed", [False, True])
