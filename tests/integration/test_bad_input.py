@@ -87,21 +87,25 @@ def shared(second_proxy: SecondProxy, tmp_path_factory: pytest.TempPathFactory) 
         yield cluster
 
 
+def departures(cluster: Cluster) -> list[str]:
+    """Workers that left or registered again, and why, but for silence: a busy machine can hold a worker up for longer
+    than the proxy waits for its heartbeats."""
+    lines = re.findall(r"worker_(?:left|lost) .*", cluster.nodes.log("proxy"))
+    return [line for line in lines if not line.endswith(" reason=silent")]
+
+
 @pytest.fixture
 def cluster(shared: Cluster) -> Iterator[Cluster]:
     expected = shared.complete(PROMPT, **ANSWER)["choices"]
     pids = {name: shared.nodes.pid(name) for name in shared.nodes.names()}
-    joined = f"joined link=proxy@tcp://127.0.0.1:{shared.nodes.ports.control}"
-    joins = [shared.nodes.log(name).count(joined) for name in ("prefill-0", "decode-0")]
+    left = departures(shared)
     yield shared
+    shared.wait_workers("prefill-0", "decode-0")
     shared.wait_idle()
     assert shared.complete("Not cached: " + PROMPT, **ANSWER)["choices"][0]["finish_reason"] == "length"
     assert shared.complete(PROMPT, **ANSWER)["choices"] == expected
     assert {name: shared.nodes.pid(name) for name in shared.nodes.running()} == pids
-    assert set(shared.worker_values("running")) == {"prefill-0", "decode-0"}
-    assert joins == [shared.nodes.log(name).count(joined) for name in ("prefill-0", "decode-0")], (
-        "a worker has left in between"
-    )
+    assert departures(shared) == left, "a worker has left in between"
     for name in shared.nodes.names():
         assert "Traceback" not in shared.nodes.log(name)
     shared.wait_idle()
