@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from baton.node.membership import DEAD_AFTER_S
 from baton.tests.integration.cluster import Cluster
 
 BLOCK = 16
-QUIET_S = 0.5
+QUIET_S = DEAD_AFTER_S + 0.5
+"""A live worker has sent a heartbeat in this time, behind all its events."""
 ARGS = ("--local-prefill", "never", "--log-level", "debug")
 ROUTED = re.compile(r"routed request=\S+ .*prefill=(prefill-\d)/\d+ prefill_reason=(\w+) .* hit_tokens=(\d+)")
 
@@ -60,7 +62,8 @@ class Pair:
         )
 
     def settle(self) -> dict[str, float]:
-        """Wait until no KV events are pending, including those of probes, which compute a block now and then."""
+        """Wait until no KV events are pending: of the probes of a start, which compute as many blocks as their routes
+        lead to workers, and of a replay. The tests' own are waited for by their number."""
         quiet_since, seen = time.monotonic(), self.indexed()
 
         def is_quiet() -> bool:
@@ -88,12 +91,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     )
     with first, second:
         second.wait_workers("prefill-0", "prefill-1", "decode-0")
-        yield Pair(first, second)
+        pair = Pair(first, second)
+        pair.settle()
+        yield pair
 
 
 def test_conversations_return_to_their_holders_through_either_proxy(pair: Pair) -> None:
     """Guards KV events and routing: every turn hits the whole previous one, as the router predicted."""
-    pair.settle()
     rng = random.Random(1)
     conversations = [Conversation(rng) for _ in range(4)]
     homes: dict[int, str] = {}
@@ -112,7 +116,7 @@ def test_conversations_return_to_their_holders_through_either_proxy(pair: Pair) 
 
 def test_a_restarted_proxy_rebuilds_its_index(pair: Pair) -> None:
     """Guards replay: the index is rebuilt from the workers' journals and routes as before."""
-    before, conversation = pair.settle(), Conversation(random.Random(2))
+    before, conversation = pair.indexed(), Conversation(random.Random(2))
     conversation.next_turn()
     pair.ask(pair.first, conversation.ids)
     pair.wait_indexed(before, 2 * conversation.blocks)
@@ -131,7 +135,7 @@ def test_a_restarted_proxy_rebuilds_its_index(pair: Pair) -> None:
 
 def test_blocks_of_a_killed_worker_leave_the_index_at_once(pair: Pair) -> None:
     """Guards against routing to a dead worker, or to its blocks under a new incarnation of the same name."""
-    before, conversation = pair.settle(), Conversation(random.Random(3))
+    before, conversation = pair.indexed(), Conversation(random.Random(3))
     conversation.next_turn()
     pair.ask(pair.first, conversation.ids)
     pair.wait_indexed(before, 2 * conversation.blocks)
