@@ -44,7 +44,7 @@ class Node:
     def status(self, path: str) -> int:
         """Of a probe; 0 where nothing listens."""
         try:
-            with urllib.request.urlopen(self.probes + path, timeout=2) as answer:
+            with urllib.request.urlopen(self.probes + path, timeout=30) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -146,7 +146,7 @@ def api_key(host: Host) -> str:
 def metrics(host: Host) -> str:
     headers = {"Authorization": f"Bearer {api_key(host)}"}
     request = urllib.request.Request(f"http://127.0.0.1:{host.http_port}/metrics", headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())
 
 
