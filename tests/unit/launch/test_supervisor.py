@@ -27,11 +27,11 @@ IGNORES = (
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\nwhile 1: signal.pause()"
 )
 DRAINS = """
-import signal, sys
-def end(*_): print('drained', flush=True); sys.exit(0)
-signal.signal(signal.SIGTERM, end)
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # pause() would miss one that comes just before it
 print('up', flush=True)
-signal.pause()
+signal.sigwait({signal.SIGTERM})
+print('drained', flush=True)
 """
 
 
