@@ -61,7 +61,10 @@ def _installed() -> Tools | str:
         return "there is no npm on the PATH"
     lock = HERE / "package-lock.json"
     folder = CACHE / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"no folder for them: {error}"
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
