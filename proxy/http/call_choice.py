@@ -22,10 +22,13 @@ def answer_grammar(tools: ToolRequest, content: GrammarRequest | None, markup: M
     """The form of an answer whose content would have the form `content`; None: any."""
     if not tools.schemas:
         return content
-    if not (tools.forced or tools.narrowed or content is not None or any(tools.strict.values())):
+    chosen = tools.forced or tools.narrowed or content is not None
+    if not (chosen or any(tools.strict.values())):
         return None
     if markup.format.name not in ENVELOPES:
-        raise _not_forced(tools, markup.format.name)
+        if chosen:
+            raise _not_forced(tools, markup.format.name)
+        return None  # `strict` alone, which clients set unasked
     if markup.format.has_channels and not tools.forced and content is None:
         return None  # a part begins alike whatever it is, so that a grammar would make a call of each
     functions = [
@@ -51,9 +54,6 @@ def _not_forced(tools: ToolRequest, format: str) -> BadRequest:
     """What asks for a grammar of calls that there is none of."""
     if tools.forced or tools.narrowed:
         what, param = "tool_choice must be auto or none", "tool_choice"
-    elif any(tools.strict.values()):
-        name = next(name for name, strict in tools.strict.items() if strict)
-        what, param = f"{name} cannot be strict", tools.params[name].replace("parameters", "strict")
     else:
         what, param = "an answer of a given form cannot have tools", "tools"
     return BadRequest(f"{what}: calls in this model's format, {format}, are read and cannot be forced", param=param)
