@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
@@ -147,10 +148,10 @@ class Admission:
                     return found
             elif turn is not None:
                 self._waiters[turn].woken.set()
-            try:
-                await asyncio.wait_for(waiter.woken.wait(), POLL_S if number == self._queue.first() else None)
-            except TimeoutError:
-                continue
+            # Not asyncio.wait_for, which before Python 3.12 drops a cancellation that comes with the event.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S if number == self._queue.first() else None):
+                    await waiter.woken.wait()
 
     def _try(self, waiter: _Waiter) -> tuple[Route, ClusterShape] | None:
         """The route, if there is one now. Raises PeerLost where none is to be expected."""

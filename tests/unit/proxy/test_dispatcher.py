@@ -130,7 +130,8 @@ async def test_generations_that_follow_others_of_their_request_are_not_turned_aw
             await anext(dispatcher.generate(generation, Timeline(time.monotonic), timeout_s=timeout_s))
     for task in waiting:
         task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await _settled()
+    assert all(task.cancelled() for task in waiting), "also the one that was woken just before"
 
 
 async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> None:
