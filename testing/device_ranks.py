@@ -35,8 +35,8 @@ from baton.node.messages.control import PromptLogprob
 T = TypeVar("T")
 
 MEET_S = 60.0
-SIDE_BY_SIDE_ROWS = 64
-"""Of a sum at a time: the programs of all ranks have to be on the GPU together."""
+SIDE_BY_SIDE_PROGRAMS = 128
+"""Of all ranks' sums at a time, one a row: those of all but one may wait while the last rank's products run."""
 
 
 class OneAtATime:
@@ -84,7 +84,9 @@ class DeviceRanks:
         for index, queue in enumerate(queues):
             rank = Rank(index, count)
             weights = load(rank)
-            layout = RankMemory.of(config, rank, weights.embedding.dtype, min(limits.max_tokens, SIDE_BY_SIDE_ROWS))
+            layout = RankMemory.of(
+                config, rank, weights.embedding.dtype, min(limits.max_tokens, SIDE_BY_SIDE_PROGRAMS // count)
+            )
             memory = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=queue.device)
             meet = None if self._turns is None else self._turns.meet
             peers = DevicePeers(layout, memory, config.vocab_size, meet)

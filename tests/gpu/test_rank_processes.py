@@ -31,7 +31,7 @@ WORKER = ("--dtype=float32", "--max-num-seqs=16", "--num-blocks=300", "--max-mod
 PROMPTS = [random_ids(length, number) for number, length in enumerate((3, 64, 65, 200, 333, 500, 128, 17))]
 SPECS: list[dict[str, float]] = [
     {"temperature": 0},
-    {"temperature": 0.8},
+    {"temperature": 0.8, "top_p": 1.0},  # else the model's own
     {"temperature": 0.9, "top_p": 0.9, "frequency_penalty": 0.5, "logprobs": 2},
 ]
 

@@ -44,6 +44,15 @@ def pool(config: ModelConfig, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device="cuda:0")
 
 
+def queues(count: int) -> list[CudaQueue]:
+    """Of ranks on one GPU. Kernels that start before the one ahead of them has ended would take the room in which
+    another rank's have to run."""
+    made = [CudaQueue(0) for _ in range(count)]
+    for queue in made:
+        queue.pdl = False
+    return made
+
+
 def make(
     dtype: torch.dtype, count: int, quantization: str | None = None, **of_limits: int
 ) -> tuple[CudaRunner, DeviceRanks]:
@@ -59,15 +68,29 @@ def make(
 
     one = CudaRunner(config, load(Rank()), CudaQueue(0), limits, LONGEST)
     one.bind_pool(pool(config, dtype), LONGEST)
-    ranks = DeviceRanks(config, load, [CudaQueue(0) for _ in range(count)], limits, LONGEST)
+    ranks = DeviceRanks(config, load, queues(count), limits, LONGEST)
 
     def alone(index: int) -> None:
-        ranks.runners[index].warm_up()
-        for spec in ({"temperature": 0.0}, EDITED):
-            generate(ranks.runners[index], prompts(MAX_ROWS), 3, 200, **spec)
+        runner = ranks.runners[index]
+        runner.warm_up()
+        for spec in (EDITED, {"temperature": 0.0}):
+            generate(runner, prompts(MAX_ROWS), 3, 200, **spec)
+        if limits.most_drafts:
+            verify(runner, prompts(16), [[*prompt, *prompt] for prompt in prompts(16)]).generated(0)
 
     ranks.bind_pools([pool(part_of(config, Rank(0, count)), dtype) for _ in range(count)], LONGEST, alone)
     return one, ranks
+
+
+def verify(runner: CudaRunner | DeviceRanks, made: list[list[int]], predictions: list[list[int]]) -> Ahead:
+    """TOKENS after each prompt, with drafts of these predictions."""
+    run = Ahead(runner, most_drafts=3)
+    for slot, prompt in enumerate(made):
+        run.predictions[slot] = predictions[slot]
+        run.start(slot, prompt, table(slot))
+    while live := [slot for slot in range(len(made)) if len(run.known[slot]) < len(made[slot]) + TOKENS]:
+        run.launch(live, chunk=200)
+    return run
 
 
 @pytest.mark.parametrize("width", [32, 256, 2048])
@@ -132,12 +155,7 @@ def test_ranks_on_one_gpu_accept_drafts_of_one_another():
     one, ranks = make(torch.float32, 2, most_drafts=3)
     made = prompts(16)
     expected = generate(one, made, TOKENS, 200, temperature=0.0)
-    run = Ahead(ranks, most_drafts=3)
-    for slot, prompt in enumerate(made):
-        run.predictions[slot] = [*prompt[-3:], *expected[slot]]
-        run.start(slot, prompt, table(slot))
-    while live := [slot for slot in range(16) if len(run.known[slot]) < len(made[slot]) + TOKENS]:
-        run.launch(live, chunk=200)
+    run = verify(ranks, made, [[*prompt[-3:], *tokens] for prompt, tokens in zip(made, expected, strict=True)])
     assert [run.generated(slot)[:TOKENS] for slot in range(16)] == [tokens[:TOKENS] for tokens in expected]
     assert run.num_accepted > TOKENS
 
@@ -160,7 +178,7 @@ def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
     one = CudaRunner(config, load(Rank()), CudaQueue(0), limits, LONGEST)
     one.bind_pool(pool(config, torch.float32), LONGEST)
     limits = StepLimits(MAX_ROWS, 2048, most_drafts=3)
-    ranks = DeviceRanks(config, load, [CudaQueue(0) for _ in range(count)], limits, LONGEST, draft=with_draft)
+    ranks = DeviceRanks(config, load, queues(count), limits, LONGEST, draft=with_draft)
 
     def answers(runner: CudaRunner | DeviceRanks, most: int) -> Ahead:
         run = Ahead(runner, most_drafts=most)
@@ -172,7 +190,8 @@ def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
 
     def alone(index: int) -> None:
         ranks.runners[index].warm_up()
-        answers(ranks.runners[index], 3)
+        ranks.runners[index].budget.measure((), ((rows, 0.0) for rows in range(1, 9)))  # see test_eagle
+        answers(ranks.runners[index], 3).generated(0)
 
     part = part_of(config, Rank(0, count))
     part = replace(part, num_layers=config.num_layers + 1)  # the draft's
