@@ -228,6 +228,22 @@ async def test_a_bad_request_behind_an_answer_is_not_answered_in_it(serve: Serve
         client.close()
 
 
+@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
+async def test_a_client_that_sends_no_more_has_left(serve: Serve, engine: FakeEngine, more: dict[str, object]) -> None:
+    """Guards against prompts that are computed for clients that are gone: until something is written, one that closed
+    its connection looks like one that shut down its sending side."""
+    running, ended = asyncio.Event(), asyncio.Event()
+    engine.script = _first_token_and_then_none(running)
+    engine.on_cancel = lambda _: ended.set()
+    async with serve() as served:
+        client = await served.connect(completion(**more))
+        await running.wait()
+        client.writer.write_eof()
+        await asyncio.wait_for(ended.wait(), WAIT_S)
+        await client.closed()
+        client.close()
+
+
 def _first_token_and_then_none(running: asyncio.Event) -> Callable[[EngineCall], list[ScriptStep]]:
     def script(call: EngineCall) -> list[ScriptStep]:
         running.set()
