@@ -12,7 +12,8 @@ import resource
 from pathlib import Path
 
 NODE_FILES = 65_536
-"""Most that a worker or a store may have open. Each peer takes about eight, and sockets are files."""
+"""Most that a node may have open, beside the connections of a proxy's clients. A worker's peer takes about eight, and
+sockets are files."""
 
 
 def host_identity() -> str:

@@ -22,7 +22,7 @@ from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import collect_rarely, freeze_startup_objects
-from baton.node.host import allow_files
+from baton.node.host import NODE_FILES, allow_files
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
 from baton.node.orphan import watch_starter
@@ -54,7 +54,7 @@ logger = logging.getLogger("proxy")
 MORE_CONNECTIONS = 256
 """Beside two for each request: probes, scrapes, dashboards."""
 OTHER_FILES = 128
-"""Sockets to workers and stores, logs, the tokenizer's and the template's."""
+"""At the least: sockets to workers and stores, logs, the tokenizer's and the template's."""
 
 KEEP_ALIVE_S = 75
 """Longer than clients and load balancers keep an idle connection (5 to 60 s): where the server closes it just as a
@@ -160,9 +160,10 @@ async def serve(settings: ProxySettings) -> int:
 
 def _max_connections(max_requests: int) -> int:
     """Twice as many as requests, so that half of them at least run none and can be closed for others; fewer where the
-    system allows fewer files. Raises this process's limit of them as far as it needs."""
+    system allows fewer files. Raises this process's limit of them, also for the links of as many workers as may join: a
+    connection that finds no file is accepted and closed at once."""
     wanted = 2 * max_requests + MORE_CONNECTIONS
-    return max(1, min(wanted, allow_files(wanted + OTHER_FILES) - OTHER_FILES))
+    return max(1, min(wanted, allow_files(wanted + NODE_FILES) - OTHER_FILES))
 
 
 def _tls_of(settings: ProxySettings) -> ssl.SSLContext | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 
 import pytest
 
 from baton.node.errors import SettingsError
-from baton.proxy.__main__ import _spans
+from baton.proxy.__main__ import _max_connections, _spans
 from baton.proxy.metrics.request_log import NoSpans
+from baton.proxy.routing.cluster import MAX_STORES, MAX_WORKERS
 from baton.proxy.settings import ProxySettings
 
 VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -38,3 +40,19 @@ def test_a_namespace_is_hex_digits(namespace: str) -> None:
     with pytest.raises(SettingsError, match="12 to 64 hex digits"):
         ProxySettings(namespace=(namespace,))
     assert ProxySettings(namespace=("12C654f6d590",)).namespace
+
+
+@pytest.mark.parametrize(
+    "hard, connections, others",
+    [(1 << 20, 2304, MAX_WORKERS + MAX_STORES), (1024, 896, 128), (64, 1, 63)],
+)
+def test_clients_leave_files_for_the_workers(
+    hard: int, connections: int, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against connections that are reset because clients and workers need more files than the limit was raised
+    to; where the system allows no more, clients have fewer connections and are answered."""
+    limits = [(64, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert _max_connections(1024) == connections
+    assert limits[-1][0] - connections >= others
