@@ -32,15 +32,17 @@ four tokens launch 48 to 192 of the former. 0: never, until `scripts/bench exper
 whether PROGRAMS is faster."""
 FEW_TOKENS = 256
 """Up to so many, parts of a router's product gain more than they cost the kernel that sums them."""
-ROUTER_SPLITS = (8, 4, 2, 1)
-ROUTER_TILE_K = 128
+ROUTER_SPLITS = (8, 9, 7, 6, 5, 4, 3, 2)
+ROUTER_TILES_K = (128, 64)
+"""Inputs that a program multiplies at a time: the largest that divide into parts."""
 
 
 def router_splits(num_tokens: int, num_inputs: int, invariant: bool) -> int:
     """Parts of a router's product; by the inputs alone where a token's bits may not depend on the others."""
     if num_tokens > FEW_TOKENS and not invariant:
         return 1
-    return next((splits for splits in ROUTER_SPLITS if num_inputs % (splits * ROUTER_TILE_K) == 0), 1)
+    cuts = (splits for tile in ROUTER_TILES_K for splits in ROUTER_SPLITS if num_inputs % (splits * tile) == 0)
+    return next(cuts, 1)
 
 
 def as_prompts(num_tokens: int, num_experts: int, top_k: int) -> bool:

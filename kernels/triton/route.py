@@ -287,7 +287,7 @@ def router(
 ) -> None:
     """Fills out float32 [splits, T, E'] with parts of x W^T; x [T, K], weight [E, K], gate [1, K] of a shared expert.
 
-    K must be a multiple of splits * ROUTER_TILE_K, or of 16 with one split. fixed: one tile for all numbers of tokens.
+    K must be a multiple of splits * 16. fixed: one tile for all numbers of tokens.
     """
     (num_rows, k), num_experts, splits = x.shape, weight.shape[0], out.shape[0]
     width = num_experts + (gate is not None)

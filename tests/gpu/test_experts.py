@@ -57,6 +57,7 @@ def test_router(rows):
     checks.check_router(GPU, BF16, rows, 128, 2048, 8, False)
     checks.check_router(GPU, BF16, rows, 60, 2048, 4, True, pdl=True)
     checks.check_router(GPU, BF16, rows, 8, 4096, 8, False, pdl=True)
+    checks.check_router(GPU, BF16, rows, 32, 2880, 9, False, pdl=True)
 
 
 @pytest.mark.parametrize("pdl", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.kernels.triton import int4_policy, linear_8bit_policy
+from baton.kernels.triton.experts_policy import router_splits
 from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, ProductShape
 from baton.kernels.triton.quantised_table import FORMATS, TABLE, TILE_ROWS, tabled
 from baton.models.cuda.products import fastest
@@ -84,3 +85,11 @@ def test_rows_between_and_shapes_without_an_entry_follow_the_rules():
     shape = O_8B._replace(weight_format="fp8_row")
     assert tabled(65, shape) is None and tabled(16, DOWN_8B) is None
     assert linear_8bit_policy.invariant(16, shape).splits == linear_8bit_policy.invariant(1, shape).splits
+
+
+@pytest.mark.parametrize("inputs", [2048, 2880, 4096, 5120, 6144, 7168])
+def test_a_router_s_product_is_cut(inputs):
+    """Guards against one program for all inputs, which takes several times as long: 2,880 are not whole runs of 128."""
+    splits = router_splits(1, inputs, invariant=True)
+    assert splits >= 5 and inputs % (splits * 64) == 0
+    assert router_splits(1, inputs, invariant=False) == splits

@@ -42,6 +42,7 @@ def test_router(device, dtype):
     """Guards against a number of experts that no tile divides, and a gate that is taken for an expert."""
     checks.check_router(device, dtype, 3, 60, 128, 2, True)
     checks.check_router(device, dtype, 20, 8, 48, 1, False)
+    checks.check_router(device, dtype, 5, 32, 576, 9, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
