@@ -14,7 +14,8 @@ FP8_AIM = 4
 """Programs that a multiprocessor has at once over 8-bit floats. One takes longer to widen a tile than the memory to
 bring it, and waits in between: several do both at a time."""
 
-
+LEAST_TOKENS = 64
+"""Of a chunk: the program that ends last reads what the others leave, which takes longer than a few tiles more."""
 ALONE = 4
 """With fewer programs a multiprocessor, where chunks are fixed, each token of a sequence reads alone: there is room for
 all at once, and one program would merge the parts of several tokens one after the other."""
@@ -24,8 +25,9 @@ all at once, and one program would merge the parts of several tokens one after t
 class DecodePlan:
     """What can be said of a step before its sequences are known: how many chunks it has at most, and how large.
 
-    chunk_tokens 0: chunks of nearly one size, `splits` a sequence in the mean. A sequence that is longer than the mean
-    has more of them and a shorter one fewer, down to one. Else chunk i begins at token i * chunk_tokens.
+    chunk_tokens 0: chunks of nearly one size, `splits` a sequence in the mean, but none of less than `least_tokens`. A
+    sequence that is longer than the mean has more of them and a shorter one fewer, down to one. Else chunk i begins at
+    token i * chunk_tokens.
     """
 
     num_chunks: int
@@ -34,6 +36,7 @@ class DecodePlan:
     """Of the pipeline, the block table's load included: 3, 5, 7, 9 keep 1 to 4 tiles of keys and values in flight."""
     splits: int = 1
     chunk_tokens: int = 0
+    least_tokens: int = TILE
     queries: int = 1
     """Tokens of a sequence that read its keys and values together at most: the last and the drafts behind it."""
 
@@ -59,7 +62,7 @@ def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1, queries
     programs = num_rows * kv_heads
     splits = max(1, aim * num_sms // programs)
     stages = _stages(programs * splits, num_sms, aim)
-    return DecodePlan((splits + 1) * num_rows, stages, splits, queries=queries)
+    return DecodePlan((splits + 1) * num_rows, stages, splits, least_tokens=LEAST_TOKENS, queries=queries)
 
 
 def fixed_plan(

@@ -1,7 +1,7 @@
 """The chunks of a decode step, shared out on the GPU from the lengths that it finds there: once a step, for all layers.
 
     tiles[r] = ceil((length[r] + queries[r] - 1) / TILE);  share = sum(tiles) / (splits * sum(queries))
-    chunk[r] = ceil(tiles[r] / max(1, round(tiles[r] / share))), or what is fixed
+    chunk[r] = max(least, ceil(tiles[r] / max(1, round(tiles[r] / share)))), or what is fixed
     parts[r] = ceil(tiles[r] / chunk[r])
 
 A row has one query or, with drafts, up to decode_plan.queries_of consecutive tokens of a sequence, which read its keys
@@ -32,10 +32,10 @@ FOLLOWING = tl.constexpr(7)  # row of the second query; those of more follow it
 COLUMNS = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_chunks", "splits", "fixed_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "splits", "fixed_tiles", "least_tiles"])
 def _share_out_kernel(
-    length_ptr, query_ptr, following_ptr, work_ptr, num_rows, num_chunks, splits, fixed_tiles, ROWS: tl.constexpr,
-    TILE: tl.constexpr, WRITTEN: tl.constexpr, GROUPED: tl.constexpr,
+    length_ptr, query_ptr, following_ptr, work_ptr, num_rows, num_chunks, splits, fixed_tiles, least_tiles,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WRITTEN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     each = tl.arange(0, ROWS)
@@ -53,7 +53,7 @@ def _share_out_kernel(
         shares = splits * tl.sum(queries, 0)
         all_tiles = tl.maximum(tl.sum(tiles, 0), 1)
         parts = tl.maximum((2 * tiles * shares + all_tiles) // (2 * all_tiles), 1)
-        chunks = tl.maximum(tl.cdiv(tiles, parts), 1)
+        chunks = tl.maximum(tl.cdiv(tiles, parts), least_tiles)
     parts = tl.cdiv(tiles, chunks)
     count = tl.sum(tl.where(each == row, parts, 0), 0)
     length = tl.sum(tl.where(each == row, lengths, 0), 0)
@@ -105,6 +105,6 @@ def share_out(
     if num_rows:
         _share_out_kernel[(num_rows,)](
             lengths, queries, following, work, num_rows, plan.num_chunks, plan.splits, plan.chunk_tokens // TILE,
-            ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN, GROUPED=queries is not None,
-            num_warps=4,
+            plan.least_tokens // TILE, ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN,
+            GROUPED=queries is not None, num_warps=4,
         )  # fmt: skip

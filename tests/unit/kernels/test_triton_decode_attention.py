@@ -1,6 +1,7 @@
 """Decode attention over the paged pool, and the plan of its chunks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,9 @@ def test_every_token_is_in_one_chunk(device, lengths, splits):
     """Guards against tokens that no program reads, or that two do, whatever lengths come together."""
     shared = DecodePlan((splits + 1) * len(lengths), 3, splits)
     assert_all_is_shared_out(lengths, chunks_of(lengths, shared, device))
+    chunks = chunks_of(lengths, replace(shared, least_tokens=256), device)
+    assert_all_is_shared_out(lengths, chunks)
+    assert all(chunk[3] >= 256 for chunk in chunks)
     fixed = fixed_plan(len(lengths), 8, 33000, 132, 4096)
     assert_all_is_shared_out(lengths, chunks_of(lengths, fixed, device))
 
