@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from baton.node.errors import SettingsError
 from baton.node.telemetry import log_event
 from baton.proxy.adapter_names import AdapterNames, NamedAdapter, adapter_of
-from baton.proxy.adapter_state import AdapterState, KeptAdapter, NameChange
+from baton.proxy.adapter_state import AdapterState, KeptAdapter, NameChange, in_thread_to_its_end
 from baton.proxy.group import READ_ADAPTERS, Group
 
 logger = logging.getLogger("proxy")
@@ -103,7 +103,7 @@ class AdapterChanges:
             written[places[0]] = change
         else:
             written.append(change)
-        await _to_the_end(asyncio.to_thread(self._state.write, written))
+        await in_thread_to_its_end(lambda: self._state.write(written))
         await self._follow()
 
     def _apply(self, changes: Sequence[NameChange]) -> None:
@@ -122,13 +122,3 @@ class AdapterChanges:
         """The digest of what --lora-modules give the name, as the file has it."""
         digest = self._names.module_digest(name)
         return None if digest is None else digest.hex()
-
-
-async def _to_the_end(work: Coroutine[None, None, None]) -> None:
-    """Also where this task is cancelled meanwhile: a thread writes on then, and the lock must be held as long."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise

@@ -10,10 +10,10 @@ import asyncio
 import fcntl
 import os
 import stat
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -31,6 +31,7 @@ LOCK_TIMEOUT_S, LOCK_POLL_S = 10.0, 0.02
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, Meta(min_length=1, max_length=8192)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+T = TypeVar("T")
 
 
 class KeptAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +64,7 @@ class _Content(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterState:
-    """The file. Reading and writing wait for the disk; `locked` does not."""
+    """The file. Reading and writing wait for the disk; `locked` does so in threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,28 +136,23 @@ class AdapterState:
     async def locked(self) -> AsyncIterator[None]:
         """Inside it no other proxy changes the file. Raises Overloaded where one does for too long, and SettingsError
         where there can be no lock."""
-        try:
-            lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise self._error(f"cannot be locked: {error.strerror}") from None
+        lock = _Lock(self._beside(".lock"))
         try:
             await self._take(lock)
             yield
         finally:
-            os.close(lock)  # which unlocks it, as the end of the process does
+            await in_thread_to_its_end(lock.close)
 
-    async def _take(self, lock: int) -> None:
+    async def _take(self, lock: _Lock) -> None:
         try:
+            await in_thread_to_its_end(lock.open)
             async with asyncio.timeout(LOCK_TIMEOUT_S):
-                while True:
-                    try:
-                        return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        await asyncio.sleep(LOCK_POLL_S)
-                    except OSError as error:  # of a file system without locks
-                        raise self._error(f"cannot be locked: {error.strerror}") from None
+                while not await in_thread_to_its_end(lock.take):
+                    await asyncio.sleep(LOCK_POLL_S)
         except TimeoutError:
             raise Overloaded("another proxy changes the names of adapters; try again", status=503) from None
+        except OSError as error:  # also of a file system without locks
+            raise self._error(f"cannot be locked: {error.strerror}") from None
 
     def _check_owner(self, found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):
@@ -174,6 +170,42 @@ class AdapterState:
 
     def _error(self, what: str) -> SettingsError:
         return SettingsError(f"--adapter-state {self.path}: {what}")
+
+
+class _Lock:
+    """A lock on a file that is made for it. On a file system of the network each call may wait."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+
+    def open(self) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def take(self) -> bool:
+        """Whether it is held now. Raises OSError where the file system has no locks."""
+        assert self._fd is not None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Unlock it, as the end of the process does."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+async def in_thread_to_its_end(work: Callable[[], T]) -> T:
+    """What `work` returns, run in a thread. Also where this task is cancelled meanwhile the thread goes on, and this
+    waits for it: what it uses stays held as long."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 _DECODER = msgspec.json.Decoder(_Content)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,6 +233,47 @@ async def test_a_file_system_without_locks_is_an_error_of_the_option(
     monkeypatch.setattr(fcntl, "flock", refused)
     with pytest.raises(SettingsError, match="cannot be locked: No locks available"):
         await start().changes.put(named("sql", "a"), in_place=False)
+
+
+async def test_the_event_loop_waits_for_no_file(start: Start, named: Named, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards all streams of a proxy whose --adapter-state lies on a file system of the network that hangs."""
+    here, threads = threading.get_ident(), []
+
+    def noted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            threads.append(threading.get_ident())
+            return work(*args, **options)
+
+        return call
+
+    proxy = start()
+    for module, name in ((os, "open"), (os, "close"), (fcntl, "flock")):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    await proxy.changes.put(named("sql", "a"), in_place=False)
+    assert len(threads) > 3 and here not in threads
+
+
+async def test_a_lock_is_let_go_where_its_request_leaves_while_it_is_taken(
+    start: Start, named: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards changes of all proxies after one request whose client was impatient: the lock would be held for ever."""
+    one, other = start(), start()
+    takes, may_end = threading.Event(), threading.Event()
+    flock = fcntl.flock
+
+    def slow(fd: int, operation: int) -> None:
+        flock(fd, operation)
+        takes.set()
+        may_end.wait(60)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    gone = asyncio.create_task(one.changes.put(named("sql", "a"), in_place=False))
+    await asyncio.to_thread(takes.wait, 60)
+    gone.cancel()
+    may_end.set()
+    await asyncio.wait([gone])
+    await other.changes.put(named("sql", "b"), in_place=False)
+    assert gone.cancelled() and other.digests == {"sql": b"b"}
 
 
 async def test_a_file_that_cannot_be_written_leaves_the_names(tmp_path: Path, start: Start, named: Named) -> None:
