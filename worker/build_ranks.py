@@ -148,7 +148,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
     own.bind(pools[0].tensors, max_model_len, progress_log("capturing_graphs", "graphs"))
     own.connect(exchanges)
     group.answers(RankReady)
-    group.on_lost = own.peers.give_up
+    group.give_up = own.peers.give_up
     log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
     cut = Cut.even(layout.num_units, count, layout.num_layers)
 

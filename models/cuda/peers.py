@@ -173,7 +173,8 @@ class DevicePeers:
         if self._aside is None:
             self._lost.copy_(self._given_up)
             return
-        with torch.cuda.stream(self._aside):
+        # a thread begins with GPU 0, on which no context is to be made
+        with torch.cuda.device(self._aside.device), torch.cuda.stream(self._aside):
             self._lost.copy_(self._given_up, non_blocking=True)
         self._aside.synchronize()
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken, PeerLost, SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.telemetry import configure_logging, log_event
+from baton.worker.ranks.ending import RankEnding
 from baton.worker.ranks.exchange import ProcessPeers
 from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.loading import bind_pool, load_part, mapped
@@ -44,10 +46,16 @@ def main(argv: Sequence[str]) -> int:
     links = [RankLink.inherited(other, fd) for other, fd in start.peer_fds.items()]
     memory = torch.frombuffer(mapped(start.starter_pid, start.memory).view, dtype=torch.uint8)
     peers = ProcessPeers(Rank(start.index, start.count), start.model.vocab_size, memory, links)
+    ending = RankEnding(start.index)
     try:
-        join = _load(start, peers, control) if start.device is None else _load_on_device(start, peers, control)
+        if start.device is None:
+            join = _load(start, peers, control)
+        else:
+            join, ending.give_up = _load_on_device(start, peers, control)
         control.send(encode(RankReady()))
-        threading.Thread(target=beat, args=(control,), name="beat", daemon=True).start()
+        threading.Thread(target=beat, args=((control,),), name="beat", daemon=True).start()
+        if start.device is not None:
+            ending.follow(control)
         log_event(logger, "rank_started", rank=start.index, of=start.count, pid=os.getpid())
         freeze_startup_objects()
         while True:
@@ -56,12 +64,16 @@ def main(argv: Sequence[str]) -> int:
         print(f"{start.name}: {error}", file=sys.stderr)
         return 1
     except PeerLost as error:
-        log_event(logger, "rank_stopped", rank=start.index, reason=str(error))
-        return 0
+        ending.end(str(error), 0)
+    except Exception as error:
+        traceback.print_exc()
+        ending.end(repr(error), 1)
 
 
-def _load_on_device(start: RankStart, peers: ProcessPeers, control: RankLink) -> Callable[[], None]:
-    """The same on a GPU; needs CUDA and triton."""
+def _load_on_device(
+    start: RankStart, peers: ProcessPeers, control: RankLink
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The same on a GPU, and what ends waits for other ranks there; needs CUDA and triton."""
     from baton.worker.ranks.device import join_on_device
 
     return join_on_device(start, peers, control, LOAD_S)

@@ -177,8 +177,10 @@ def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *
     return replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
 
 
-def join_on_device(start: RankStart, peers: ProcessPeers, control: RankLink, load_s: float) -> Callable[[], None]:
-    """Load a rank other than 0 and make it ready; what it gives is called for each record."""
+def join_on_device(
+    start: RankStart, peers: ProcessPeers, control: RankLink, load_s: float
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Load a rank other than 0 and make it ready; what is called for each record, and what ends waits for others."""
     loaded = DeviceRank.load(start)
     bank = b"" if loaded.bank is None else loaded.bank.handle
     control.send(encode(DeviceLoaded(exchange=loaded.exchange.handle, bank=bank, num_blocks=loaded.num_blocks)))
@@ -190,4 +192,4 @@ def join_on_device(start: RankStart, peers: ProcessPeers, control: RankLink, loa
     loaded.bind(kv_tensors(memory, loaded.layout, made.num_blocks), made.max_model_len)
     loaded.connect(made.exchanges)
     follower = Follower(loaded.runner.launch_chosen, loaded.runner.run_ahead)
-    return lambda: follower.take(peers.hear())
+    return lambda: follower.take(peers.hear()), loaded.peers.give_up

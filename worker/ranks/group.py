@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from baton.worker.ranks.members import (
     MemberWatch,
     NoRanks,
     answers,
+    beat,
     reap,
     shared_bytes,
     start_process,
@@ -55,9 +57,9 @@ class RankGroup:
             own.send(encode(start(index, fds, memory)))
             for link in (theirs, *ends[index].values()):
                 link.close()
-        self.on_lost: Callable[[], None] = lambda: None
-        """Called when a rank is lost, before anything else: ends waits that are not at a link."""
-        self._watch = MemberWatch(self._controls, self.links, lambda: self.on_lost())
+        self.give_up: Callable[[], None] | None = None
+        """Of ranks on GPUs: ends waits of rank 0's kernels for others. Such ranks follow rank 0's beats."""
+        self._watch = MemberWatch(self._controls, self.links, self._on_lost)
 
     def peers(self, vocab_size: int) -> ProcessPeers:
         """Of rank 0."""
@@ -81,6 +83,12 @@ class RankGroup:
 
     def watch(self, deliver: Deliver) -> None:
         self._watch.begin(deliver)
+        if self.give_up is not None:
+            threading.Thread(target=beat, args=(self._controls,), name="beat", daemon=True).start()
+
+    def _on_lost(self) -> None:
+        if self.give_up is not None:
+            self.give_up()
 
     @contextmanager
     def _closing(self) -> Iterator[None]:

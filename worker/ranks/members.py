@@ -73,9 +73,10 @@ class MemberWatch:
     """Notices that one of some processes is gone; `controls`: the links to them. Made in the main thread."""
 
     def __init__(
-        self, controls: Sequence[RankLink], links: Sequence[Shuttable], on_lost: Callable[[], None] | None = None
+        self, controls: Sequence[RankLink], links: Sequence[Shuttable], on_lost: Callable[[], None] = lambda: None
     ) -> None:
-        """links: shut when one is lost; on_lost: called before, to end waits that are not at a link."""
+        """links: shut, as the controls are, when one is lost; on_lost: called behind that, to end waits that are not at
+        a link."""
         self._on_lost = on_lost
         self._controls, self._links = controls, links
         self._ended = threading.Event()
@@ -94,28 +95,34 @@ class MemberWatch:
             self._thread.join(STOP_S)
 
     def _run(self, deliver: Deliver) -> None:
-        with selectors.DefaultSelector() as selector:
-            for control in self._controls:
-                selector.register(control, selectors.EVENT_READ, control)
-            beats = Beats([control.name for control in self._controls], time.monotonic())
-            reason = ""
-            while not reason and not self._ended.is_set():
-                ready = selector.select(BEAT_S)
-                for key, _ in ready:
-                    try:
-                        key.data.receive(0.0)
-                    except PeerLost as error:
-                        reason = str(error)
-                    else:
-                        beats.heard(key.data.name, time.monotonic())
-                reason = reason or beats.missing(time.monotonic())
+        reason = first_lost(self._controls, self._ended)
         if not self._ended.is_set():
             log_event(logger, "rank_lost", level=logging.ERROR, reason=reason)
-            if self._on_lost is not None:
-                self._on_lost()
-            for link in self._links:
+            for link in (*self._controls, *self._links):
                 link.shut()
             deliver(RankLost(reason))
+            self._on_lost()
+
+
+def first_lost(controls: Sequence[RankLink], ended: threading.Event) -> str:
+    """Waits until a process at the other end of these links ends, or sends no beats, and says so; "" if `ended` is set
+    before."""
+    with selectors.DefaultSelector() as selector:
+        for control in controls:
+            selector.register(control, selectors.EVENT_READ, control)
+        beats = Beats([control.name for control in controls], time.monotonic())
+        reason = ""
+        while not reason and not ended.is_set():
+            ready = selector.select(BEAT_S)
+            for key, _ in ready:
+                try:
+                    key.data.receive(0.0)
+                except PeerLost as error:
+                    reason = str(error)
+                else:
+                    beats.heard(key.data.name, time.monotonic())
+            reason = reason or beats.missing(time.monotonic())
+    return reason
 
 
 class Beats:
@@ -169,11 +176,12 @@ def answers(controls: Sequence[RankLink], kind: type[T]) -> list[T]:
     return found
 
 
-def beat(control: RankLink) -> None:
-    """In a thread of such a process, until the worker is gone: the exchange of the next step says so too."""
+def beat(controls: Sequence[RankLink]) -> None:
+    """In a thread: says at the other ends that this process runs, until one of them is gone."""
     while True:
         try:
-            control.send(encode(RankBeat()))
+            for control in controls:
+                control.send(encode(RankBeat()))
         except PeerLost:
             return
         time.sleep(BEAT_S)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         ranks.share_pool(made)
         ranks.watch(lambda lost: before.shut())
         control.send(encode(RankReady()))
-        threading.Thread(target=beat, args=(control,), name="beat", daemon=True).start()
+        threading.Thread(target=beat, args=((control,),), name="beat", daemon=True).start()
         log_event(logger, "stage_started", stage=index, of=count, layers=runner.num_kv_layers, pid=os.getpid())
         freeze_startup_objects()
         fill = partial(fill_as_first, runner.adapters)

@@ -124,6 +124,7 @@ def test_a_rank_uses_its_own_pool_of_those_that_rank_0_made(monkeypatch, config,
         bank, num_blocks, rank, layout = SimpleNamespace(handle=b"bank"), 9, Rank(1, 2), own_layout
         exchange, share = SimpleNamespace(handle=b"exchange"), SimpleNamespace(gpu=GPUS[1])
         runner = SimpleNamespace(launch_chosen=None, run_ahead=1)
+        peers = SimpleNamespace(give_up=len)
 
         def bind(self, tensors: Any, max_model_len: int) -> None:
             calls["bound"] = tuple(tensors.data.shape), max_model_len
@@ -137,7 +138,8 @@ def test_a_rank_uses_its_own_pool_of_those_that_rank_0_made(monkeypatch, config,
     maps = Mappings({b"1": torch.zeros(3 * own_layout.block_bytes, dtype=torch.uint8)})
     monkeypatch.setattr(device, "mapped", maps)
     monkeypatch.setattr(DeviceRank, "load", lambda start: Loaded())
-    join_on_device(start, SimpleNamespace(), control, 1.0)
+    _, give_up = join_on_device(start, SimpleNamespace(), control, 1.0)
+    assert give_up is Loaded.peers.give_up
     assert [decode(each) for each in sent] == [DeviceLoaded(exchange=b"exchange", bank=b"bank", num_blocks=9)]
     assert maps.asked == [(b"1", 3 * own_layout.block_bytes, GPUS[1])]
     heads = config.num_kv_heads // 2 or 1
