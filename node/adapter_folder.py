@@ -56,7 +56,7 @@ NEUTRAL = (
 )
 """Fields that say how it was trained, or where."""
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
-"""What names in `target_parameters` may end in: of other parameters, patterns would not say the rank of a module."""
+"""What names in `target_parameters` may end in, beside weights of modules."""
 INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Those that leave the model's own weights as they are."""
 
@@ -73,6 +73,8 @@ class AdapterConfig:
     """The scaling is alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)."""
     has_magnitudes: bool = False
     """DoRA: rows of the changed weights have lengths of their own (arXiv:2402.09353)."""
+    weights: frozenset[str] = frozenset()
+    """Ends of names, such as mlp.gate.weight: what patterns name in the place of these modules."""
 
     @property
     def largest_rank(self) -> int:
@@ -82,11 +84,11 @@ class AdapterConfig:
     def ranks_of(self, modules: Collection[str]) -> dict[str, int]:
         """Of modules by their names in the model, such as model.layers.3.self_attn.q_proj. Raises AdapterError where a
         search would take minutes."""
-        return _first_matches(self.rank_pattern, self.rank, modules, "rank_pattern")
+        return _first_matches(self.rank_pattern, self.rank, self._names_of(modules), "rank_pattern")
 
     def scalings_of(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Of modules with these ranks. Raises AdapterError as `ranks_of` does."""
-        alphas = _first_matches(self.alpha_pattern, self.alpha, ranks, "alpha_pattern")
+        alphas = _first_matches(self.alpha_pattern, self.alpha, self._names_of(ranks), "alpha_pattern")
         return {
             module: alphas[module] / (math.sqrt(rank) if self.rank_stabilised else rank)
             for module, rank in ranks.items()
@@ -102,7 +104,17 @@ class AdapterConfig:
             self.rank_stabilised,
             self.has_magnitudes,
         ]
+        if self.weights and (self.rank_pattern or self.alpha_pattern):
+            fields.append(sorted(self.weights))
         return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
+
+    def _names_of(self, modules: Collection[str]) -> dict[str, str]:
+        """By module, what PEFT compares patterns with."""
+        return {module: f"{module}.weight" if self._adapts_weight(module) else module for module in modules}
+
+    def _adapts_weight(self, module: str) -> bool:
+        parts = [*module.split("."), "weight"]
+        return not self.weights.isdisjoint(".".join(parts[first:]) for first in range(len(parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +180,9 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
     if initialisation not in INITIALISATIONS:
         raise _wrong(where, fields, "init_lora_weights", "one that leaves the model's weights alone")
     parameters = fields.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(_is_of_experts(each) for each in parameters):
-        raise _wrong(where, fields, "target_parameters", f"names that end in {' or '.join(EXPERT_PARAMETERS)}")
+    if not isinstance(parameters, list) or not all(_is_adapted(each) for each in parameters):
+        ends = ", ".join(EXPERT_PARAMETERS)
+        raise _wrong(where, fields, "target_parameters", f"names that end in {ends} or .weight")
     known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights", "target_parameters"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", [], {}):
@@ -187,11 +200,14 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
         ),
         rank_stabilised=bool(fields.get("use_rslora", False)),
         has_magnitudes=bool(fields.get("use_dora", False)),
+        weights=frozenset(each for each in parameters if each.endswith(".weight")),
     )
 
 
-def _is_of_experts(parameter: object) -> bool:
-    return isinstance(parameter, str) and parameter.rpartition(".")[2] in EXPERT_PARAMETERS
+def _is_adapted(parameter: object) -> bool:
+    if not isinstance(parameter, str):
+        return False
+    return parameter.endswith(".weight") or parameter.rpartition(".")[2] in EXPERT_PARAMETERS
 
 
 def _rank(where: str, fields: dict[str, Any], name: str, value: object) -> int:
@@ -232,21 +248,22 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _first_matches(
-    patterns: Collection[tuple[str, Value]], default: Value, modules: Collection[str], field: str
+    patterns: Collection[tuple[str, Value]], default: Value, modules: Mapping[str, str], field: str
 ) -> dict[str, Value]:
-    """The first pattern that matches counts. Each is compiled once, and compared with the modules that are left."""
+    """By module. The first pattern that matches its name counts. Each is compiled once, and compared with the names
+    that are left."""
     if len(patterns) * len(modules) > MAX_COMPARISONS:
         raise AdapterError(
             f"{field!r}: {len(patterns)} patterns times {len(modules)} modules are more than {MAX_COMPARISONS} "
             "comparisons; write fewer patterns, each of many modules"
         )
-    found, left = dict.fromkeys(modules, default), list(modules)
+    found, left = dict.fromkeys(modules, default), dict(modules)
     for pattern, value in patterns:
         matches = _compiled(pattern).match
-        matched = {module for module in left if matches(module)}
+        matched = {module for module, name in left.items() if matches(name)}
         if matched:
             found.update(dict.fromkeys(matched, value))
-            left = [module for module in left if module not in matched]
+            left = {module: name for module, name in left.items() if module not in matched}
     return found
 
 

@@ -6,8 +6,9 @@
 Query, key and value are parts of one product here, gate and up of another (models.layer_weights); of latent attention
 queries, or their latent, and the latent of keys and values. Routed experts have a product each, whose pairs lie behind
 one another: a [experts, rank, inputs], b [experts, outputs, rank]. Each part of a product's outputs has a pair of its
-own, or none; an adapter that was trained on a merged product has one `a` for all its parts. Where an adapter comes
-from, and where a device keeps it, it does not know.
+own, or none; an adapter that was trained on a merged product has one `a` for all its parts. Routers, and gates of
+shared experts, are products too, before scores are made of them. Where an adapter comes from, and where a device keeps
+it, it does not know.
 """
 
 from __future__ import annotations
@@ -63,19 +64,24 @@ class LayerAdapter:
     o: Parts = ()
     gate_up: Parts = ()  # gate, up: of a dense MLP, or of the shared expert
     down: Parts = ()
+    router: Parts = ()  # all routed experts, whatever ranks hold
+    shared_gate: Parts = ()  # one output
     expert_gate_up: Parts = ()  # gate, up: of all routed experts
     expert_down: Parts = ()
 
     def product(self, name: str) -> Parts:
-        """`name`: one of PRODUCTS or EXPERT_PRODUCTS."""
+        """`name`: one of ALL_PRODUCTS."""
         parts: Parts = getattr(self, name)
         return parts
 
 
 PRODUCTS = ("qkv", "query", "o", "gate_up", "down")
 """Of a layer, in the order in which a step computes them."""
+GATE_PRODUCTS = ("router", "shared_gate")
+"""Of a layer with routed experts, beside them: what weighs the experts of a token."""
 EXPERT_PRODUCTS = ("expert_gate_up", "expert_down")
-"""Of a layer with routed experts, beside them."""
+"""Of one routed expert."""
+ALL_PRODUCTS = PRODUCTS + GATE_PRODUCTS + EXPERT_PRODUCTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +102,7 @@ class Adapter:
     def pairs(self) -> Iterator[LowRank]:
         """All of it; pairs of one product may share their `a`."""
         for layer in self.layers:
-            for name in PRODUCTS + EXPERT_PRODUCTS:
+            for name in ALL_PRODUCTS:
                 yield from (part for part in layer.product(name) if part is not None)
         yield from (part for part in (self.embedding, *self.lm_head) if part is not None)
 
@@ -136,6 +142,16 @@ def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProd
         products["gate_up"] = AdaptedProduct(hidden_size, (dense.width, dense.width))
         products["down"] = AdaptedProduct(dense.width, (hidden_size,))
     return products
+
+
+def gate_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
+    """By the names of GATE_PRODUCTS, those of a layer; none of a dense layer."""
+    if isinstance(shape.mlp, DenseMlp):
+        return {}
+    gates = {"router": AdaptedProduct(hidden_size, (shape.mlp.routing.num_experts,))}
+    if shape.mlp.shared_gated:
+        gates["shared_gate"] = AdaptedProduct(hidden_size, (1,))
+    return gates
 
 
 def expert_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:

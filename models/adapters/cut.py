@@ -4,7 +4,8 @@
     o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
     routed experts:                     those of the rank, whole
 
-As models.partition cuts the model. The embedding, and latents of attention, every rank makes whole.
+As models.partition cuts the model. The embedding, latents of attention, routers and gates of shared experts every rank
+computes whole.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def layers_of(adapter: Adapter, stage: Stage) -> Adapter:
 
 def _layer(number: int, layer: LayerAdapter, config: ModelConfig, rank: Rank) -> LayerAdapter:
     made = _grouped(layer, config, rank) if config.latent is None else _latent(layer, config, config.latent, rank)
+    made = replace(made, router=layer.router, shared_gate=layer.shared_gate)
     experts = config.experts
     if experts is not None and (layer.expert_gate_up or layer.expert_down):
         held = rank.share(experts.num_experts, "experts")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 
-from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, LayerAdapter, LowRank, Parts
+from baton.models.adapters.adapter import ALL_PRODUCTS, Adapter, LayerAdapter, LowRank, Parts
 from baton.node.errors import AdapterError
 
 ALIGNMENT = 64
@@ -118,7 +118,7 @@ def view(memory: torch.Tensor, dtype: torch.dtype, directory: Directory) -> Adap
 def _places(adapter: Adapter) -> Iterable[tuple[int, str, int, int, LowRank]]:
     """Layer, product, number of the part, number of parts, pair."""
     for index, layer in enumerate(adapter.layers):
-        for product in PRODUCTS + EXPERT_PRODUCTS:
+        for product in ALL_PRODUCTS:
             parts = layer.product(product)
             for part, pair in enumerate(parts):
                 if pair is not None:

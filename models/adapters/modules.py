@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from baton.models.adapters.adapter import AdaptedProduct, adapted_products
+from baton.models.adapters.adapter import AdaptedProduct, adapted_products, gate_products
 from baton.models.config import ModelConfig
+from baton.models.layers import describe
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
 GROUPED = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0)}
@@ -26,6 +27,8 @@ class ProductPlace(NamedTuple):
     layer: int
     product: str
     first_part: int
+    num_parts: int
+    """Of the product."""
     shape: AdaptedProduct
     """Of the module: its inputs, and the outputs of each part that it has."""
 
@@ -35,14 +38,28 @@ Place: TypeAlias = "ProductPlace | AdaptedProduct"
 
 
 def adapted_modules(config: ModelConfig) -> dict[str, Place]:
-    """All modules of the model that an adapter may change, by name."""
+    """By name, the modules that an adapter may change, but those of gate_modules and of routed experts."""
     vocabulary = AdaptedProduct(config.hidden_size, (config.vocab_size,))
     places: dict[str, Place] = {EMBEDDING: vocabulary, LM_HEAD: vocabulary}
     for layer, products in enumerate(adapted_products(config)):
         for product, shape in products.items():
             for name, first_part, part in _modules(product, shape, config):
                 module = f"model.layers.{layer}.{_block(product, layer, config)}.{name}"
-                places[module] = ProductPlace(layer, product, first_part, part)
+                places[module] = ProductPlace(layer, product, first_part, len(shape.outputs), part)
+    return places
+
+
+def gate_modules(config: ModelConfig) -> dict[str, ProductPlace]:
+    """By name, routers and gates of shared experts: as transformers 5 has it, and maybe as the checkpoint does."""
+    experts, places = config.experts, {}
+    if experts is None:
+        return {}
+    names = {"router": experts.rules.router, "shared_gate": f"{experts.rules.shared}_gate"}
+    for layer, shape in enumerate(describe(config)):
+        for product, whole in gate_products(shape, config.hidden_size).items():
+            for block in ("mlp", experts.rules.block):
+                module = f"model.layers.{layer}.{block}.{names[product]}"
+                places[module] = ProductPlace(layer, product, 0, 1, whole)
     return places
 
 
@@ -57,15 +74,10 @@ def norm_numbers(config: ModelConfig) -> dict[str, int]:
 
 
 def reason_not_adapted(module: str, config: ModelConfig) -> str:
-    """Why adapted_modules does not have a module of that name."""
-    names, experts = module.split("."), config.experts
-    if experts is not None:
-        if "experts" in names:
-            return "names no projection of a routed expert of this model"
-        if names[-1] == experts.rules.router:
-            return "is a router, which is not adapted here"
-        if experts.shared_gated and names[-1] == f"{experts.rules.shared}_gate":
-            return "is the gate of a shared expert, which is not adapted here"
+    """Why no adapter may change a module of that name."""
+    names = module.split(".")
+    if config.experts is not None and "experts" in names:
+        return "names no projection of a routed expert of this model"
     if config.latent is not None and names[-1] == "kv_b_proj":
         return "makes keys and values of latents, which steps do without, so that it is not adapted here"
     return "this model has no module of that name that can be adapted"

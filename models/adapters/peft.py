@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from baton.models.adapters.adapter import (
+    GATE_PRODUCTS,
     AdaptedProduct,
     Adapter,
     LayerAdapter,
     LowRank,
     Parts,
-    adapted_products,
 )
 from baton.models.adapters.expert_modules import (
     ExpertPlace,
@@ -39,6 +39,7 @@ from baton.models.adapters.modules import (
     Place,
     ProductPlace,
     adapted_modules,
+    gate_modules,
     norm_numbers,
     reason_not_adapted,
 )
@@ -80,7 +81,7 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
     wrappers = expert_parameters(config)
-    pair_places: dict[str, PairPlace] = {**places, **expert_modules(config)}
+    pair_places: dict[str, PairPlace] = {**places, **gate_modules(config), **expert_modules(config)}
     pairs = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
     _name_parameters(pairs, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):
@@ -246,8 +247,7 @@ class _Assembler:
         self._scalings: dict[str, float] = {}
 
     def adapter(self, pairs: Mapping[str, Mapping[str, torch.Tensor]], digest: bytes) -> Adapter:
-        products = adapted_products(self._config)
-        layers: list[dict[str, Parts]] = [{} for _ in products]
+        layers: list[dict[str, Parts]] = [{} for _ in range(self._config.num_layers)]
         embedding: LowRank | None = None
         lm_head: Parts = ()
         experts = _ExpertParts(layers)
@@ -261,10 +261,11 @@ class _Assembler:
                 scaled = self._scaled(module, pair, place.shape, has_bias=True, num_experts=place.num_experts)
                 experts.add_all(module, place, scaled)
             elif isinstance(place, ProductPlace):
-                none = (None,) * len(products[place.layer][place.product].outputs)
-                parts = list(layers[place.layer].get(place.product, none))
-                scaled = self._scaled(module, pair, place.shape, self._has_bias(place.product))
-                parts[place.first_part : place.first_part + len(place.shape.outputs)] = _cut(scaled, place.shape)
+                parts = list(layers[place.layer].get(place.product, (None,) * place.num_parts))
+                own = slice(place.first_part, place.first_part + len(place.shape.outputs))
+                if any(parts[own]):
+                    raise AdapterError(f"module {module}: is there twice, under two names")
+                parts[own] = _cut(self._scaled(module, pair, place.shape, self._has_bias(place)), place.shape)
                 layers[place.layer][place.product] = tuple(parts)
             elif module == LM_HEAD:
                 lm_head = (self._scaled(module, pair, place, has_bias=False),)
@@ -274,9 +275,11 @@ class _Assembler:
             experts.join(self._config.experts.num_experts)
         return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
 
-    def _has_bias(self, product: str) -> bool:
+    def _has_bias(self, place: ProductPlace) -> bool:
         config = self._config
-        return {"qkv": config.qkv_bias, "o": config.o_bias}.get(product, config.mlp_bias)
+        if place.product in GATE_PRODUCTS:
+            return config.experts is not None and config.experts.rules.router_bias
+        return {"qkv": config.qkv_bias, "o": config.o_bias}.get(place.product, config.mlp_bias)
 
     def _scaled(
         self,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from baton import kernels
-from baton.models.adapters.adapter import Adapter, LowRank, Parts, expert_products, layer_products
+from baton.models.adapters.adapter import Adapter, LowRank, Parts, expert_products, gate_products, layer_products
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
@@ -47,7 +47,8 @@ class PlacedPair(NamedTuple):
         end = self.first_output + self.b.shape[0]
         if self.row_scale is not None:
             y[rows, self.first_output : end] *= self.row_scale
-        y[rows, self.first_output : end] += (x[rows] @ self.a.t()) @ self.b.t()
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)  # a router reads float32
+        y[rows, self.first_output : end] += (x[rows] @ a.t()) @ b.t()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +155,10 @@ class CpuAdapterSlots:
         self._layers = stage.layers(config.num_layers)
         shapes = describe(config, peers.rank, stage) if num_slots else ()
         hidden = config.hidden_size
-        self._products = tuple(layer_products(shape, hidden) | expert_products(shape, hidden) for shape in shapes)
+        self._products = tuple(
+            layer_products(shape, hidden) | gate_products(shape, hidden) | expert_products(shape, hidden)
+            for shape in shapes
+        )
         self._slots: list[CpuAdapter | None] = [None] * num_slots
 
     def prepare(self, adapter: Adapter) -> FlatAdapter:

@@ -149,7 +149,8 @@ class _StepOps:
     def _experts_mlp(
         self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation
     ) -> torch.Tensor:
-        logits = mlp.router(x.float())
+        router_inputs = x.float()
+        logits = self._adapters.add(self._layer, "router", router_inputs, mlp.router(router_inputs))
         experts, weights = kernels.route(logits, mlp.correction, shape.routing)
         of_expert = activation if shape.clamped is None else partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
         added_to = partial(self._adapters.add_to_expert, self._layer)
@@ -157,7 +158,9 @@ class _StepOps:
         added = kernels.apply_experts(x, experts, weights, *products, of_expert, first, added_to)
         if mlp.shared is not None:
             shared = self._dense_mlp(mlp.shared, x, activation)
-            added += shared if mlp.shared_gate is None else shared * mlp.shared_gate(x).sigmoid()
+            if mlp.shared_gate is not None:
+                shared *= self._adapters.add(self._layer, "shared_gate", x, mlp.shared_gate(x)).sigmoid_()
+            added += shared
         return added
 
     def add_and_norm(

@@ -117,10 +117,13 @@ FIELDS = {
     "rank that is no number": ({"rank_pattern": {"q_proj": "8"}}, "'rank_pattern' must be"),
     "endless alpha": ({"lora_alpha": float("inf")}, "'lora_alpha' must be"),
     "slow pattern": ({"alpha_pattern": {"(a+)+b": 1}}, "no pattern of module names"),
-    "a parameter that is not of experts": (
-        {"target_parameters": ["mlp.experts.down_proj", "mlp.gate.weight"]},
-        "'target_parameters' must be names that end in gate_up_proj or down_proj",
+    "a parameter that is no weight": (
+        {"target_parameters": ["mlp.experts.down_proj", "mlp.gate.weight", "mlp.router.bias"]},
+        r"'target_parameters' must be names that end in gate_up_proj, down_proj or \.weight",
     ),
+    "all weights": ({"target_parameters": ["weight"]}, "'target_parameters' must be"),
+    "parameters that are no list": ({"target_parameters": {"mlp.gate.weight": 1}}, "'target_parameters' must be"),
+    "a parameter that is no name": ({"target_parameters": [["mlp.gate.weight"]]}, "'target_parameters' must be"),
     "pattern that is none behind a name's start": ({"rank_pattern": {"(?i)q_proj": 4}}, "no pattern of module names"),
     "broken pattern": ({"alpha_pattern": {"(": 1}}, "no pattern of module names"),
 }
@@ -139,14 +142,14 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
     ("family", "module", "expected"),
     [
         ("mixtral", "block_sparse_moe.experts.2.w2", "names no projection of a routed expert"),
-        ("mixtral", "block_sparse_moe.gate", "is a router"),
-        ("mixtral", "mlp.gate", "is a router"),
-        ("gpt_oss", "mlp.router", "is a router"),
+        ("mixtral", "block_sparse_moe.router", "this model has no module"),
+        ("mixtral", "mlp.shared_expert_gate", "this model has no module"),
+        ("gpt_oss", "mlp.gate", "this model has no module"),
         ("qwen2_moe", "mlp.experts.1.w1", "names no projection of a routed expert"),
         ("gpt_oss", "mlp.experts.1.gate_proj", "names no projection of a routed expert"),
         ("qwen2_moe", "mlp.experts.base_layer.base_layer", "names no projection of a routed expert"),
-        ("qwen2_moe", "mlp.gate", "is a router"),
-        ("qwen2_moe", "mlp.shared_expert_gate", "is the gate of a shared expert"),
+        ("qwen2_moe", "mlp.gate.base_layer", "this model has no module"),
+        ("deepseek_v3", "mlp.gate", "this model has no module"),
         ("qwen2_moe", "mlp.up_proj", "this model has no module"),
         ("deepseek_v2", "self_attn.kv_b_proj", "makes keys and values of latents"),
         ("deepseek_v2", "self_attn.q_proj", "this model has no module"),
@@ -155,8 +158,9 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_modules_that_are_not_adapted_are_refused_by_name(
     family: str, module: str, expected: str, make_model: Callable[..., Made], tmp_path: Path
 ) -> None:
-    """Guards against experts and routers without what an adapter adds to them: by names of files, and of PEFT."""
-    few = {"num_hidden_layers": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    """Guards against experts and routers without what an adapter adds to them: by names of files, and of PEFT. The
+    only layer of deepseek_v3 is dense."""
+    few = {"num_hidden_layers": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "n_group": 1}
     config = ModelConfig.from_folder(make_model(family, **LATENT | few).folder)
     name = f"base_model.model.model.layers.0.{module}.lora_A.weight"
     with pytest.raises(AdapterError, match=f"tensor {name}: {expected}"):
@@ -189,6 +193,38 @@ def test_pairs_of_experts_of_other_shapes_are_refused(
     for name, (ranks, inputs, outputs) in tensors.items():
         written[f"{EXPERTS}{name}lora_A.weight"] = torch.ones(ranks, inputs)
         written[f"{EXPERTS}{name}lora_B.weight"] = torch.ones(outputs, ranks)
+    with pytest.raises(AdapterError, match=expected):
+        read_adapter(write(tmp_path, written), config)
+
+
+ROUTER = "base_model.model.model.layers.0.mlp.gate.lora_"
+OLD_ROUTER = "base_model.model.model.layers.0.block_sparse_moe.gate.lora_"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({f"{ROUTER}A": (8, 48)}, "module model.layers.0.mlp.gate: has a lora_A without a lora_B"),
+        ({f"{OLD_ROUTER}B": (2, 8)}, "module model.layers.0.block_sparse_moe.gate: has a lora_B without a lora_A"),
+        (
+            {f"{ROUTER}A": (8, 48), f"{ROUTER}B": (3, 8)},
+            r"mlp.gate: lora_A \[8, 48\] and lora_B \[3, 8\].* and \[2, 8\]",
+        ),
+        (
+            {f"{ROUTER}A": (8, 48), f"{ROUTER}B": (2, 8), f"{OLD_ROUTER}A": (8, 48), f"{OLD_ROUTER}B": (2, 8)},
+            "mlp.gate: is there twice, under two names",
+        ),
+        ({f"{ROUTER}A": (8, 48), f"{ROUTER}B": (2, 8), f"{ROUTER}magnitude_vector": (2,)}, "has a magnitude"),
+        ({ROUTER.removesuffix(".lora_"): (2, 48)}, r"mlp.gate.weight: is a whole weight \(modules_to_save\)"),
+    ],
+)
+def test_pairs_of_routers_that_do_not_fit_are_refused(
+    tensors: dict[str, tuple[int, ...]], expected: str, make_model: Callable[..., Made], tmp_path: Path
+) -> None:
+    """Guards against a router of which a part is left out, or one of two pairs."""
+    few = {"num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = ModelConfig.from_folder(make_model("mixtral", **few).folder)
+    written = {f"{name}.weight": torch.ones(shape) for name, shape in tensors.items()}
     with pytest.raises(AdapterError, match=expected):
         read_adapter(write(tmp_path, written), config)
 
@@ -264,3 +300,16 @@ def test_an_adapter_is_its_content(tmp_path: Path) -> None:
     assert len({each.digest for each in facts}) == 3
     assert facts[0].digest == facts[1].digest == read_adapter(folders[0], CONFIG).digest
     assert facts[0].rank == 8
+
+
+def test_what_patterns_name_is_content(tmp_path: Path) -> None:
+    """Guards against KV of an adapter for another one, whose pattern means no module."""
+    weights, patterns = {"target_parameters": ["self_attn.q_proj.weight"]}, {"alpha_pattern": {"q_proj": 16}}
+    found = []
+    for number, fields in enumerate([{}, weights, patterns, weights | patterns]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        read = read_adapter(write(folder, pair(), **fields), CONFIG)
+        found.append((read.digest, float(read.layers[0].qkv[0].b[0, 0])))
+    assert found[0] == found[1] and found[0][1] == found[3][1] == found[2][1] / 2
+    assert len({digest for digest, _ in found}) == 3

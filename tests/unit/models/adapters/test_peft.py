@@ -29,6 +29,7 @@ GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = "all-linear"
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+GATE = "mlp.gate.weight"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ADAPTERS = {
     "all linear modules": ("llama", {}, {"target_modules": ALL, "r": 8}),
@@ -112,6 +113,43 @@ ADAPTERS = {
             "alpha_pattern": {r".*\.gate_up_proj": 3},
         },
     ),
+    "routers, experts and attention, all linear": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"target_modules": ALL, "r": 3},
+    ),
+    "routers, rsLoRA": ("qwen3_moe", EXPERTS, {"target_parameters": [GATE], "use_rslora": True}),
+    "routers of Mixtral as modules": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"target_modules": ["gate", "v_proj"], "r": 6},
+    ),
+    "routers by patterns, gates of shared experts, all linear": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+        {
+            "target_modules": ALL,
+            "target_parameters": [GATE],
+            "rank_pattern": {r"1.mlp.gate.weight": 2, r"2.mlp.gate": 9, "mlp.shared_expert_gate": 3},
+            "alpha_pattern": {"2.mlp.gate.weight": 3, r".*\.gate": 50, "shared_expert_gate": 9},
+        },
+    ),
+    "magnitudes (DoRA) of gates of shared experts": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 40},
+        {"target_modules": ["shared_expert_gate", "o_proj"], "use_dora": True},
+    ),
+    "routers with biases, a weight of attention": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        {"target_parameters": ["router.weight", "1.self_attn.o_proj.weight"], "rank_pattern": {"o_proj.weight": 7}},
+    ),
+    "routers with corrections, by groups": (
+        "deepseek_v3",
+        LATENT | {"head_dim": 16},
+        {"target_parameters": [GATE, *BOTH], "r": 2},
+    ),
+    "routers by groups": ("deepseek_v2", LATENT, {"target_modules": ["gate", "o_proj"]}),
     "experts behind a dense layer, beside a shared one": (
         "deepseek_v3",
         LATENT | {"head_dim": 16},
@@ -128,6 +166,14 @@ ADAPTERS = {
         {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]},
     ),
 }
+
+
+STAGES = [
+    ("embedding and head", 1),
+    ("own norms, embedding", 2),
+    ("routers by patterns, gates of shared experts, all linear", 1),
+]
+"""With so many ranks each."""
 
 
 class Slots:
@@ -252,6 +298,8 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("latent attention, magnitudes (DoRA)", 2),
         ("latent attention, queries with a latent", 4),
         ("experts behind a dense layer, beside a shared one", 2),
+        ("routers, experts and attention, all linear", 2),
+        ("routers by patterns, gates of shared experts, all linear", 2),
     ],
 )
 def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, sequences, prompt):
@@ -282,9 +330,9 @@ def test_tokens_of_ranks_equal_peft(name, count, make_model, make_adapter, seque
     assert known[0] != known[1]
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("embedding and head", 1), ("own norms, embedding", 2)])
+@pytest.mark.parametrize(("name", "ranks"), STAGES)
 def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prompt):
-    """Guards against layers, norms, embeddings and heads of another stage."""
+    """Guards against layers, norms, routers, embeddings and heads of another stage."""
     family, variant, options = ADAPTERS[name]
     made = make_model(family, **variant)
     adapter = make_adapter(made.reference, **options)
@@ -314,8 +362,8 @@ def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prom
 def test_pairs_of_single_experts_equal_what_peft_makes_of_them(
     family, variant, block, width, names, make_model, sequences, prompt, tmp_path
 ):
-    """Folders from before transformers 5 name each expert's projections. Guards against a pair at another expert, and
-    against tokens with experts of the adapter of a row beside them."""
+    """Folders from before transformers 5 name each expert's projections, and the router. Guards against a pair at
+    another expert, and against tokens with experts, or the router, of the adapter of a row beside them."""
     made = make_model(family, **variant)
     gate, up, down = names
     expected = []
@@ -329,8 +377,11 @@ def test_pairs_of_single_experts_equal_what_peft_makes_of_them(
             module = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}."
             tensors[f"{module}lora_A.weight"] = torch.randn(4, inputs, generator=generator) * 0.15
             tensors[f"{module}lora_B.weight"] = torch.randn(outputs, 4, generator=generator) * 0.15
+        for layer, (side, shape) in product(range(3), (("A", (4, 48)), ("B", (4, 4)))):
+            router = f"base_model.model.model.layers.{layer}.{block}.gate.lora_{side}.weight"
+            tensors[router] = torch.randn(shape, generator=generator) * 0.5
         save_file(tensors, folder / "adapter_model.safetensors")
-        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": names}
+        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": [*names, "gate"]}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
         model = peft.PeftModel.from_pretrained(copy.deepcopy(made.reference), folder).eval()
         expected.append(MadeAdapter(folder, model))
@@ -350,10 +401,16 @@ def test_pairs_of_single_experts_equal_what_peft_makes_of_them(
     assert len({tuple(tokens) for tokens in known}) == 3, "an adapter changes nothing"
 
 
-def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):
-    made = make_model("llama")
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("llama", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4})],
+    ids=["dense", "all experts"],
+)
+def test_bfloat16_is_close(family, variant, make_model, make_adapter, sequences, prompt):
+    """A router is float32, and its pair is not. All experts are chosen: rounding must not choose others."""
+    made = make_model(family, **variant)
     adapter = make_adapter(made.reference, target_modules=ALL)
     _, logits = Slots(made.folder, [adapter], sequences, 1, dtype="bfloat16").greedy(0, prompt, 1, 0)
     exact = logits_of(adapter.model, [*prompt, 0], 1)
     theirs = logits_of(adapter.model.to(torch.bfloat16), [*prompt, 0], 1).float()
-    assert float((logits - exact).norm()) <= 2 * float((theirs - exact).norm())
+    assert float((logits - exact).norm()) <= 3 * float((theirs - exact).norm())
