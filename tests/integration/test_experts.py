@@ -78,8 +78,8 @@ def adapted(made, tmp_path: Path) -> peft.PeftModel:  # type: ignore[no-untyped-
 def test_handed_over_chunked_and_cached_prompts_give_the_tokens_of_transformers(
     made: tuple[Path, transformers.PreTrainedModel], adapted: peft.PeftModel, tmp_path: Path
 ) -> None:
-    """Guards what a transfer carries of latent attention, experts that another worker computed the prompt with, routers of
-    adapters, and KV of the same prompt with an adapter, with another, and without."""
+    """Guards what a transfer carries of latent attention, experts that another worker computed the prompt with, and KV
+    of the same prompt with an adapter of experts and routers, with another, and without."""
     chance = torch.Generator().manual_seed(2)
     prompts = [torch.randint(5, VOCAB_SIZE, (size,), generator=chance).tolist() for size in (3, 17, 40, 40, 90, 130)]
     cases = [(prompt, "") for prompt in prompts] + [(prompt, name) for name in ADAPTERS for prompt in prompts[-2:]]
