@@ -37,10 +37,7 @@ class Folders:
         self._open = BACKENDS[backend]
         self._quota_bytes = quota_bytes
         self._on_change = on_change
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"--path {path}: {error.strerror}") from None
+        self._found()
         if not os.access(path, os.W_OK | os.X_OK):
             raise SettingsError(f"--path {path}: cannot be written")
 
@@ -50,8 +47,16 @@ class Folders:
         self._make_room(folder)
         return self._open(folder, namespace, block_bytes, self._quota_bytes, self._on_change)
 
+    def _found(self) -> list[Path]:
+        """What lies in the folder, which is made if it is not there: others may remove it while the store runs."""
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return [*self._path.iterdir()]
+        except OSError as error:
+            raise SettingsError(f"--path {self._path}: {error.strerror}") from None
+
     def _make_room(self, wanted: Path) -> None:
-        others = [each for each in self._path.iterdir() if _NAME.fullmatch(each.name) and each != wanted]
+        others = [each for each in self._found() if _NAME.fullmatch(each.name) and each != wanted]
         others.sort(key=_opened_at)
         for folder in others[: max(0, len(others) + 1 - MAX_FOLDERS)]:
             if _remove(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,16 @@ def test_a_path_that_is_not_a_folder_is_an_error_at_startup(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="--path"):
         Folders(tmp_path / "file", "slab", QUOTA_BYTES, ignore_change)
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """Guards the thread that opens and mends the tiers of all models: it ended with the first model that came later."""
+    path = tmp_path / "store"
+    folders = Folders(path, "slab", QUOTA_BYTES, ignore_change)
+    path.rmdir()
+    folders.open(_space(1), BLOCK_BYTES).close()
+    assert (path / _space(1).hex()).is_dir() and path.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(path)
+    path.write_text("")
+    with pytest.raises(SettingsError, match="--path"):
+        folders.open(_space(2), BLOCK_BYTES)
