@@ -1,8 +1,7 @@
 """Tiles for products with 4-bit weights: times those that fit each shape, beside bf16 and dequantising first.
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `gluon` and `portable` (tiles of one kernel for
-each number of rows), `by_warp` (the two instructions that multiply few rows, and codes with fewer shifts, in turns),
-`bf16` (its kernel), `many_rows` (the portable kernel against dequantising first). A time is the
+each number of rows), `bf16` (its kernel), `many_rows` (the portable kernel against dequantising first). A time is the
 median of replays of a CUDA graph of several calls, each with weights of its own, together larger than the L2 cache;
 kernels are compiled before, in several processes.
 """
@@ -23,7 +22,7 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import bare_parser
 from baton.kernels import GroupedLinear
 from baton.kernels.linear.grouped import block_size
-from baton.kernels.triton import int4_policy, linear_policy
+from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.compiling import compile_all, launched_by, missing
 from baton.kernels.triton.dequantise import dequantise_groups
@@ -89,10 +88,7 @@ def gluon_candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles
         for splits in (1,) if shape.fused else (1, 2, 4, 7, 8):
             units = shape.outputs // tile_n * splits
             if shape.inputs % (splits * block) == 0 and 90 <= units <= 800:
-                found += [
-                    Tiles(tile_n, block, tile_m, stages, splits, warps, by_warp=by_warp)
-                    for by_warp in int4_policy.instructions(tile_m)
-                ]
+                found.append(Tiles(tile_n, block, tile_m, stages, splits, warps))
     return found
 
 
@@ -109,16 +105,13 @@ class Int4Tuner:
         self.block = first.block
         self._sms = torch.cuda.get_device_properties(0).multi_processor_count
 
-    def calls(
-        self, rows: int, tiles: Tiles, by_gluon: bool, count: int | None = None, fewer_shifts: bool = False
-    ) -> list[Call]:
+    def calls(self, rows: int, tiles: Tiles, by_gluon: bool, count: int | None = None) -> list[Call]:
         x, n, fused = randn(rows, self.shape.inputs), self.shape.outputs, self.shape.fused
         split = tiles.splits > 1
         out = torch.empty((tiles.splits, rows, n), dtype=torch.float32, device=GPU) if split else randn(rows, n)
         weights = self._weights[:count]
         if by_gluon:
-            options = {"fused": fused, "fewer_shifts": fewer_shifts, "pdl": True}
-            return [partial(linear_int4_gluon, x, w, tiles, self._sms, out, **options) for w in weights]
+            return [partial(linear_int4_gluon, x, w, tiles, self._sms, out, fused=fused, pdl=True) for w in weights]
         return [partial(linear_int4, x, w, tiles, out, fused=fused, pdl=True) for w in weights]
 
     def report(self, rows: int, tiles: Tiles, by_gluon: bool) -> float:
@@ -133,23 +126,6 @@ class Int4Tuner:
         by = "gluon" if by_gluon else "portable"
         self._line(rows=rows, by=by, tiles=fields, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3))
         return took
-
-    def by_warp(self, rows: int) -> None:
-        weight, shape = self._weights[0], self.shape
-        chosen = int4_policy.fastest(rows, shape._replace(weight_format=weight.weight_format))
-        assert chosen is not None, "the shapes here have tiles"
-        ways = [
-            (replace(chosen, by_warp=by_warp), fewer)
-            for by_warp in int4_policy.instructions(chosen.tile_m)
-            for fewer in (False, True)
-        ]
-        times: list[list[float]] = [[] for _ in ways]
-        for _ in range(3):
-            for found, (tiles, fewer) in zip(times, ways, strict=True):
-                found.append(seconds(self.calls(rows, tiles, True, fewer_shifts=fewer)))
-        for found, (tiles, fewer) in zip(times, ways, strict=True):
-            us = [round(took * 1e6, 2) for took in found]
-            self._line(rows=rows, tile_m=tiles.tile_m, by_warp=tiles.by_warp, fewer_shifts=fewer, us=us)
 
     def beside_bf16(self, rows: int) -> None:
         tiles = linear_policy.fastest(rows, self.shape)
@@ -227,12 +203,6 @@ def gluon(tuners: Sequence[Int4Tuner]) -> None:
     )
 
 
-def by_warp(tuners: Sequence[Int4Tuner]) -> None:
-    for tuner in tuners:
-        for rows in (1, 8, 16):
-            tuner.by_warp(rows)
-
-
 def portable(tuners: Sequence[Int4Tuner]) -> None:
     measure(
         [
@@ -270,7 +240,7 @@ def many_rows(tuners: Sequence[Int4Tuner]) -> None:
 
 
 PARTS: dict[str, Callable[[Sequence[Int4Tuner]], None]] = {
-    part.__name__: part for part in (gluon, by_warp, portable, bf16, many_rows)
+    part.__name__: part for part in (gluon, portable, bf16, many_rows)
 }
 
 

@@ -90,9 +90,7 @@ def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
             else:
                 deepest = linear_8bit_policy.stages_that_fit(tile_m, 1, groups)
             found += [
-                Tiles(tile_n, block, tile_m, stages, splits, warps, by_warp=by_warp)
-                for stages in _depths(deepest, blocks, groups)
-                for by_warp in (int4_policy.instructions(tile_m) if of_4_bits else (False,))
+                Tiles(tile_n, block, tile_m, stages, splits, warps) for stages in _depths(deepest, blocks, groups)
             ]
     return found
 
@@ -197,7 +195,7 @@ def _us(took: float) -> float:
 
 
 def _listed(tiles: Tiles) -> list[int]:
-    return [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps, tiles.by_warp]
+    return [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps]
 
 
 def _codes(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

@@ -22,28 +22,17 @@ UNIT_BLOCKS = 3
 SHARED_BYTES = 226 << 10
 MOST_STAGES = 12
 TILE_ROWS = 8, 16, 32, 64
-"""Of x in a tile."""
-BY_WARP_ROWS = 8
-"""Up to so many are multiplied by single warps' instructions. Of 16 this was not measured yet, nor what fewer shifts
-gain (linear_int4_gluon has both): `scripts/bench int4 FILE by_warp`."""
-FEWER_SHIFTS = False
+"""Of x in a tile. Up to 8 are summed by another instruction."""
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """None: dequantise first."""
-    return tabled(num_rows, shape) or (
-        _tiles(num_rows, shape, 12, TILE_ROWS, BY_WARP_ROWS) if num_rows <= MOST_ROWS else None
-    )
+    return tabled(num_rows, shape) or (_tiles(num_rows, shape, 12, TILE_ROWS) if num_rows <= MOST_ROWS else None)
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """One instruction, number of splits and of groups of warps for every number of rows. None: no tiles fit."""
-    return _tiles(num_rows, shape, 8, TILE_ROWS[1:], 0)
-
-
-def instructions(tile_m: int) -> tuple[bool, ...]:
-    """Tiles.by_warp of tiles that may be fastest."""
-    return (True,) if tile_m <= 8 else (False, True) if tile_m <= 16 else (False,)
+    return _tiles(num_rows, shape, 8, TILE_ROWS[1:])
 
 
 def portable(tiles: Tiles) -> Tiles:
@@ -57,9 +46,7 @@ def block_of(shape: ProductShape) -> int | None:
     return block_size(shape.inputs, int(named[1])) if named else None
 
 
-def _tiles(
-    num_rows: int, shape: ProductShape, warps: int, rows_of_tiles: tuple[int, ...], by_warp_rows: int
-) -> Tiles | None:
+def _tiles(num_rows: int, shape: ProductShape, warps: int, rows_of_tiles: tuple[int, ...]) -> Tiles | None:
     block, tile_n = block_of(shape), 64 if shape.fused else 128
     if block is None or shape.outputs % tile_n:
         return None
@@ -69,7 +56,7 @@ def _tiles(
     units = -(-shape.outputs // tile_n * splits * -(-num_rows // tile_m) // PROGRAMS)
     groups, blocks = warps // 4, units * shape.inputs // block // splits
     stages = min(stages_that_fit(block, tile_m, warps), max(2, -(-blocks // groups)) * groups)
-    return Tiles(tile_n, block, tile_m, stages, splits, warps, by_warp=tile_m <= by_warp_rows)
+    return Tiles(tile_n, block, tile_m, stages, splits, warps)
 
 
 def stages_that_fit(block: int, tile_m: int, warps: int) -> int:

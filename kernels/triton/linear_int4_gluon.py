@@ -7,13 +7,11 @@ program takes unit after unit, and the ring fills for the next during the epilog
 before the kernel before has ended, and only x waits for it.
 
 Up to 8 rows of x are multiplied by single warps' instructions (mma.sync), more by a warpgroup's with W in registers,
-which has a fixed cost of about 32 cycles. Which one is faster was measured (docs/benchmarks/kernels.md); of 16 rows,
-which both can multiply (Tiles.by_warp), it is to be: `scripts/bench int4 FILE by_warp`.
+which has a fixed cost of about 32 cycles. Which one is faster was measured (docs/benchmarks/kernels.md).
 
-Three of four codes in a word are shifted to its lowest bits, which takes more of the integer unit's time than masking
-them, and this unit has the most to do. `fewer_shifts` is to be timed by the same command: words are shifted once, by 8,
-and the code in bits 4 to 7 alone is a number, code * 2**-129 in bfloat16, of which a multiplication by 2**127 makes a
-quarter of the code. So all become quarters, and scales are multiplied by 4: the same sums, bit for bit.
+The integer unit has the most to do. So words are shifted once, by 8, not for each of three codes: the code in bits 4 to
+7 alone is a number, code * 2**-129 in bfloat16, of which a multiplication by 2**127 makes a quarter of the code. All
+become quarters, and scales are multiplied by 4: the same sums, bit for bit.
 
 bfloat16. K is summed by each group of warps in the order of its blocks, then over these: with one number of splits and
 of consumers, and tiles of 16 rows of x or more, a row's bits are the same for every M. Gluon is experimental:
@@ -37,33 +35,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
 from baton.kernels.triton.launch import require
-from baton.kernels.triton.linear_int4 import quarters, unpacking
+from baton.kernels.triton.linear_int4 import quarters
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.weight_ring import ROWS, fill_ring, make_barriers, place_of_unit, store_unit
 
 
 @gluon.jit
-def _codes(words, minus_zeros, PLACE: gl.constexpr, FEWER_SHIFTS: gl.constexpr):
-    """As linear_int4's, or with FEWER_SHIFTS a quarter of it."""
-    asm: gl.constexpr = quarters(PLACE) if FEWER_SHIFTS else unpacking(PLACE)
+def _quarters(words, minus_zeros, PLACE: gl.constexpr):
+    """[2 * ROWS, W]: a quarter of the codes at this place of the words, less the zero."""
     return gl.inline_asm_elementwise(
-        asm, "=r,r,r", [words, minus_zeros[PLACE % 2]], dtype=gl.bfloat16, is_pure=True, pack=2
+        quarters(PLACE), "=r,r,r", [words, minus_zeros[PLACE % 2]], dtype=gl.bfloat16, is_pure=True, pack=2
     )
 
 
 @gluon.jit
-def _minus_zeros(
-    zeros_ptr, place, WIDTH: gl.constexpr, ZEROS: gl.constexpr, FEWER_SHIFTS: gl.constexpr, OPERAND: gl.constexpr
-):
-    """What is added to codes in even and in odd places: -(128 + zero); or -(32 + zero / 4) and -zero / 4."""
+def _minus_zeros(zeros_ptr, place, WIDTH: gl.constexpr, ZEROS: gl.constexpr, OPERAND: gl.constexpr):
+    """What is added to codes in even places, -(32 + zero / 4), and in odd ones, -zero / 4."""
     if ZEROS:
-        bits = gl.load(zeros_ptr + place).to(gl.int16) - (0x3E00 if FEWER_SHIFTS else 0x3D00)
+        bits = gl.load(zeros_ptr + place).to(gl.int16) - 0x3E00  # 0xC200, that is -32, and the zero
         even = gl.expand_dims(bits.to(gl.bfloat16, bitcast=True), 1).broadcast_to([2 * ROWS, WIDTH])
     else:
-        even = gl.full([2 * ROWS, WIDTH], -34.0 if FEWER_SHIFTS else -136.0, gl.float32, layout=OPERAND)
-        even = even.to(gl.bfloat16)
-    odd = (even.to(gl.float32) + 32.0).to(gl.bfloat16) if FEWER_SHIFTS else even
-    return even, odd
+        even = gl.full([2 * ROWS, WIDTH], -34.0, gl.float32, layout=OPERAND).to(gl.bfloat16)
+    return even, (even.to(gl.float32) + 32.0).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -71,9 +64,9 @@ def _consumer(
     scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free, units, tiles_m, all_rows,
     num_rows, SECOND: gl.constexpr, BLOCKS: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr,
     SPLITS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, ZEROS: gl.constexpr,
-    FUSED: gl.constexpr, BIAS: gl.constexpr, BY_WARP: gl.constexpr, FEWER_SHIFTS: gl.constexpr,
-    CONSUMERS: gl.constexpr, INDEX: gl.constexpr,
+    FUSED: gl.constexpr, BIAS: gl.constexpr, CONSUMERS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
+    BY_WARP: gl.constexpr = TILE_M == 8
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0] if BY_WARP else [3, 0],
         warps_per_cta=[4, 1],
@@ -105,14 +98,12 @@ def _consumer(
             codes = pairs.index(stage).load(OPERAND)
             for part in gl.static_range(PARTS):
                 of_group = of_block + part * all_rows
-                scale = gl.load(scales_ptr + of_group + row).to(gl.float32)
-                if FEWER_SHIFTS:
-                    scale *= 4.0
-                minus_zeros = _minus_zeros(zeros_ptr, of_group + operand_row, WIDTH, ZEROS, FEWER_SHIFTS, OPERAND)
+                scale = gl.load(scales_ptr + of_group + row).to(gl.float32) * 4.0
+                minus_zeros = _minus_zeros(zeros_ptr, of_group + operand_row, WIDTH, ZEROS, OPERAND)
                 sums = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
                 for place in gl.static_range(part * PLACES, (part + 1) * PLACES):
                     x = x_tiles.index(stage * 4 + place).permute((1, 0))
-                    weights = _codes(codes, minus_zeros, place, FEWER_SHIFTS)
+                    weights = _quarters(codes, minus_zeros, place)
                     if BY_WARP:
                         sums = mma_v2(weights, x.load(X), sums)
                     else:
@@ -143,7 +134,7 @@ def _linear_int4_gluon_kernel(
     x_desc, words_desc, scales_ptr, zeros_ptr, bias_ptr, out_ptr, units, tiles_m, all_rows, num_rows,
     SECOND: gl.constexpr, BLOCKS: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr,
     TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, ZEROS: gl.constexpr, FUSED: gl.constexpr,
-    BIAS: gl.constexpr, BY_WARP: gl.constexpr, FEWER_SHIFTS: gl.constexpr, CONSUMERS: gl.constexpr, PDL: gl.constexpr,
+    BIAS: gl.constexpr, CONSUMERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     words_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], gl.int16)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_M, WIDTH], gl.bfloat16)
@@ -161,7 +152,7 @@ def _linear_int4_gluon_kernel(
                     (
                         scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free,
                         units, tiles_m, all_rows, num_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N,
-                        STAGES, ZEROS, FUSED, BIAS, BY_WARP, FEWER_SHIFTS, CONSUMERS, 0,
+                        STAGES, ZEROS, FUSED, BIAS, CONSUMERS, 0,
                     ),
                 ),
                 (
@@ -169,7 +160,7 @@ def _linear_int4_gluon_kernel(
                     (
                         scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free,
                         units, tiles_m, all_rows, num_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N,
-                        STAGES, ZEROS, FUSED, BIAS, BY_WARP, FEWER_SHIFTS, CONSUMERS, 1,
+                        STAGES, ZEROS, FUSED, BIAS, CONSUMERS, 1,
                     ),
                 ),
                 (
@@ -191,7 +182,7 @@ def _linear_int4_gluon_kernel(
                     (
                         scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free,
                         units, tiles_m, all_rows, num_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N,
-                        STAGES, ZEROS, FUSED, BIAS, BY_WARP, FEWER_SHIFTS, CONSUMERS, 0,
+                        STAGES, ZEROS, FUSED, BIAS, CONSUMERS, 0,
                     ),
                 ),
                 (
@@ -199,7 +190,7 @@ def _linear_int4_gluon_kernel(
                     (
                         scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free,
                         units, tiles_m, all_rows, num_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N,
-                        STAGES, ZEROS, FUSED, BIAS, BY_WARP, FEWER_SHIFTS, CONSUMERS, 1,
+                        STAGES, ZEROS, FUSED, BIAS, CONSUMERS, 1,
                     ),
                 ),
                 (
@@ -207,7 +198,7 @@ def _linear_int4_gluon_kernel(
                     (
                         scales_ptr, zeros_ptr, bias_ptr, out_ptr, words, x_tiles, full, empty, parts, done, free,
                         units, tiles_m, all_rows, num_rows, SECOND, BLOCKS, WIDTH, GROUP, SPLITS, TILE_M, TILE_N,
-                        STAGES, ZEROS, FUSED, BIAS, BY_WARP, FEWER_SHIFTS, CONSUMERS, 2,
+                        STAGES, ZEROS, FUSED, BIAS, CONSUMERS, 2,
                     ),
                 ),
                 (
@@ -231,7 +222,6 @@ def linear_int4_gluon(
     out: torch.Tensor,
     *,
     fused: bool = False,
-    fewer_shifts: bool = False,
     pdl: bool = False,
 ) -> None:
     """As linear_int4; tiles.warps counts those that compute, 8 or 12, and tiles.tile_n the rows of W of a unit."""
@@ -265,8 +255,7 @@ def linear_int4_gluon(
         weight.scales, zeros, weight.words if bias is None else bias, out, units, tiles_m, weight.num_outputs, num_rows,
         SECOND=n if fused else rows, BLOCKS=k // block // tiles.splits, WIDTH=width, GROUP=weight.inputs_per_scale,
         SPLITS=tiles.splits, TILE_M=tiles.tile_m, TILE_N=tile_n, STAGES=tiles.stages, ZEROS=weight.zeros is not None,
-        FUSED=fused, BIAS=bias is not None, BY_WARP=tiles.by_warp, FEWER_SHIFTS=fewer_shifts,
-        CONSUMERS=tiles.warps // 4, PDL=pdl, num_warps=4, **options,
+        FUSED=fused, BIAS=bias is not None, CONSUMERS=tiles.warps // 4, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
 
 

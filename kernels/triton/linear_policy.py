@@ -36,8 +36,6 @@ class Tiles:
     warps: int = 4
     prefetch: int = 256
     """Columns of W asked for before the kernel before has ended (with pdl)."""
-    by_warp: bool = False
-    """Of linear_int4_gluon: by single warps' matrix instructions, not by a warpgroup's."""
 
 
 QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (

@@ -104,7 +104,6 @@ def _gluon_product(device: str) -> Int4Product | None:
     def product(
         x: torch.Tensor, weight: GroupedLinear, tiles: Tiles, out: torch.Tensor, *, fused: bool, pdl: bool
     ) -> None:
-        fewer = int4_policy.FEWER_SHIFTS
-        linear_int4_gluon.linear_int4_gluon(x, weight, tiles, num_sms, out, fused=fused, fewer_shifts=fewer, pdl=pdl)
+        linear_int4_gluon.linear_int4_gluon(x, weight, tiles, num_sms, out, fused=fused, pdl=pdl)
 
     return product

@@ -342,17 +342,14 @@ def int4_products(rows: int, group: int, zeros: bool) -> None:
         module.linear_int4(x, weight, tiles, empty(rows, 4096), fused=True, pdl=True)
 
 
-def int4_gluon(
-    rows: int, warps: int, zeros: bool, fused: bool, by_warp: bool = False, fewer_shifts: bool = False
-) -> None:
+def int4_gluon(rows: int, warps: int, zeros: bool, fused: bool) -> None:
     from baton.kernels.triton import linear_int4_gluon as module
     from baton.kernels.triton.linear_policy import Tiles
 
     weight, n = int4_weight(8192, 4096, 128, zeros), 4096 if fused else 8192
-    tiles = Tiles(64 if fused else 128, weight.block, rows, 6, 1 if fused else 2, warps, by_warp=by_warp)
+    tiles = Tiles(64 if fused else 128, weight.block, rows, 6, 1 if fused else 2, warps)
     out = empty(rows, n) if fused else empty(2, rows, n, dtype=torch.float32)
-    given = {"fused": fused, "fewer_shifts": fewer_shifts, "pdl": True}
-    module.linear_int4_gluon(empty(rows, 4096), weight, tiles, 132, out, **given)
+    module.linear_int4_gluon(empty(rows, 4096), weight, tiles, 132, out, fused=fused, pdl=True)
 
 
 def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
@@ -760,9 +757,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
     "int4_64": lambda: int4_products(64, 128, False),
     "int4_128": lambda: int4_products(128, 128, True),
-    "int4_gluon_8": lambda: int4_gluon(8, 12, True, False, True),
-    "int4_gluon_16_by_warp": lambda: int4_gluon(16, 12, False, True, True),
-    "int4_gluon_16_by_warp_fewer_shifts": lambda: int4_gluon(16, 12, True, True, True, True),
+    "int4_gluon_8": lambda: int4_gluon(8, 12, True, False),
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "adapters_16": lambda: adapted(8, 16),
     "adapters_64": lambda: adapted(64, 64),
