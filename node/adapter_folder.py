@@ -81,14 +81,14 @@ class AdapterConfig:
         """That any module may have."""
         return max(self.rank, *(rank for _, rank in self.rank_pattern), 0)
 
-    def ranks_of(self, modules: Collection[str]) -> dict[str, int]:
-        """Of modules by their names in the model, such as model.layers.3.self_attn.q_proj. Raises AdapterError where a
-        search would take minutes."""
-        return _first_matches(self.rank_pattern, self.rank, self._names_of(modules), "rank_pattern")
+    def ranks_of(self, names: Mapping[str, str]) -> dict[str, int]:
+        """By module. names: of each, in the model that was trained, such as model.layers.3.self_attn.q_proj. Raises
+        AdapterError where a search would take minutes."""
+        return _first_matches(self.rank_pattern, self.rank, self._adapted(names), "rank_pattern")
 
-    def scalings_of(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Of modules with these ranks. Raises AdapterError as `ranks_of` does."""
-        alphas = _first_matches(self.alpha_pattern, self.alpha, self._names_of(ranks), "alpha_pattern")
+    def scalings_of(self, names: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
+        """By module, with these names and ranks. Raises AdapterError as `ranks_of` does."""
+        alphas = _first_matches(self.alpha_pattern, self.alpha, self._adapted(names), "alpha_pattern")
         return {
             module: alphas[module] / (math.sqrt(rank) if self.rank_stabilised else rank)
             for module, rank in ranks.items()
@@ -108,12 +108,12 @@ class AdapterConfig:
             fields.append(sorted(self.weights))
         return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
 
-    def _names_of(self, modules: Collection[str]) -> dict[str, str]:
+    def _adapted(self, names: Mapping[str, str]) -> dict[str, str]:
         """By module, what PEFT compares patterns with."""
-        return {module: f"{module}.weight" if self._adapts_weight(module) else module for module in modules}
+        return {module: f"{name}.weight" if self._adapts_weight(name) else name for module, name in names.items()}
 
-    def _adapts_weight(self, module: str) -> bool:
-        parts = [*module.split("."), "weight"]
+    def _adapts_weight(self, name: str) -> bool:
+        parts = [*name.split("."), "weight"]
         return not self.weights.isdisjoint(".".join(parts[first:]) for first in range(len(parts)))
 
 

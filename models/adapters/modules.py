@@ -12,6 +12,10 @@ from baton.models.adapters.adapter import AdaptedProduct, adapted_products, gate
 from baton.models.config import ModelConfig
 from baton.models.layers import describe
 
+PREFIX, DECODER = "base_model.model.", "language_model."
+"""Before all names that PEFT saves; before or behind the first `model.` where the model sees images, in its decoder."""
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
+"""What the names of other parts of such models begin with."""
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
 GROUPED = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0)}
 LATENT = {"kv_a_proj_with_mqa": ("qkv", 1), "o_proj": ("o", 0)}
@@ -35,6 +39,17 @@ class ProductPlace(NamedTuple):
 
 Place: TypeAlias = "ProductPlace | AdaptedProduct"
 """AdaptedProduct: of the embedding or the head."""
+
+
+def name_in_decoder(name: str) -> str:
+    """A name that PEFT saved, as a model that is the decoder alone has it."""
+    bare = name.removeprefix(PREFIX)
+    return bare.replace(DECODER, "", 1) if bare.startswith((DECODER, f"model.{DECODER}")) else bare
+
+
+def is_of_images(name: str) -> bool:
+    """Whether text does not pass what has this name."""
+    return name.removeprefix(PREFIX).removeprefix("model.").startswith(OF_IMAGES)
 
 
 def adapted_modules(config: ModelConfig) -> dict[str, Place]:

@@ -1,4 +1,5 @@
-"""Reads an adapter from a folder of PEFT, for one model. Every tensor of it is used, or the adapter is refused by name.
+"""Reads an adapter from a folder of PEFT, for one model. Every tensor of it is used, or the adapter is refused by name;
+only pairs of what sees images are left out, which text does not pass.
 
 The tensors say which modules are adapted; the configuration says only how they are scaled. The bytes are read once:
 what the digest covers is what is used.
@@ -7,6 +8,7 @@ what the digest covers is what is used.
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
@@ -36,19 +38,21 @@ from baton.models.adapters.expert_modules import (
 from baton.models.adapters.modules import (
     EMBEDDING,
     LM_HEAD,
+    PREFIX,
     Place,
     ProductPlace,
     adapted_modules,
     gate_modules,
+    is_of_images,
+    name_in_decoder,
     norm_numbers,
     reason_not_adapted,
 )
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
 from baton.node.errors import AdapterError
-from baton.node.telemetry import excerpt
+from baton.node.telemetry import excerpt, log_event
 
-PREFIX = "base_model.model."
 MAX_TENSORS, MAX_HEADER_BYTES = 120_000, 32 << 20
 """Pairs of each projection of 256 experts in 58 layers are 89,088 tensors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +68,8 @@ FORMS = {  # what a tensor's name ends in: the side of the pair
 FIRST_ROWS = 64
 """Of a copy of the model's embedding or head that an adapter holds, rows that are compared before all are."""
 
+logger = logging.getLogger("adapters")
+
 BaseRows = Callable[[str, "list[int] | None"], "torch.Tensor | None"]
 """Rows of a weight of the model by its name in the checkpoint, [rows, inputs], or all; None: it is not known."""
 
@@ -76,20 +82,24 @@ def unknown_rows(name: str, rows: list[int] | None) -> torch.Tensor | None:
 def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknown_rows) -> Adapter:
     """Raises AdapterError, which names the tensor or the field."""
     adapter_config = read_adapter_config(folder)
-    tensors, weights_digest = _read_tensors(weights_file(folder))
+    found, weights_digest = _read_tensors(weights_file(folder))
+    tensors = {name: tensor for name, tensor in found.items() if not is_of_images(name)}
+    if len(tensors) < len(found):
+        num_left_out = len(found) - len(tensors)
+        log_event(logger, "adapter_tensors_of_images_left_out", folder=folder.name, tensors=num_left_out)
     places = adapted_modules(config)
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
     wrappers = expert_parameters(config)
     pair_places: dict[str, PairPlace] = {**places, **gate_modules(config), **expert_modules(config)}
-    pairs = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
-    _name_parameters(pairs, wrappers, pair_places)
+    pairs, names = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
+    _name_parameters(pairs, names, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):
         raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
     if not pairs and not wholes and not norms:
-        raise AdapterError("the weights hold no pair of lora_A and lora_B")
+        raise AdapterError("the weights hold no pair of lora_A and lora_B of the decoder")
     assembler = _Assembler(config, adapter_config, pair_places, base_rows)
-    adapter = assembler.adapter(pairs, adapter_config.digest(weights_digest))
+    adapter = assembler.adapter(pairs, names, adapter_config.digest(weights_digest))
     return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD), norms=norms)
 
 
@@ -117,7 +127,7 @@ def _take_wholes(
     of the tensors. PEFT also saves the model's own, beside pairs that change them."""
     found = {}
     for name in sorted(tensors):
-        short = name.removeprefix(PREFIX)
+        short = name_in_decoder(name)
         module = short.removesuffix(".weight").removesuffix(".base_layer")
         if not short.endswith(".weight") or module not in (EMBEDDING, LM_HEAD):
             continue
@@ -135,7 +145,7 @@ def _take_wholes(
                 raise AdapterError(f"tensor {excerpt(name)}: differs from the model's own, which it should be")
         elif not is_own:
             if module in found:
-                raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
+                raise AdapterError(f"tensor {excerpt(name)}: is there twice, under two names")
             found[module] = tensor
     return found
 
@@ -144,7 +154,7 @@ def _take_norms(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[i
     """The norms that an adapter brings in place of the model's (modules_to_save), taken out of the tensors."""
     numbers, found = norm_numbers(config), {}
     for name in sorted(tensors):
-        number = numbers.get(name.removeprefix(PREFIX).removesuffix(".weight"))
+        number = numbers.get(name_in_decoder(name).removesuffix(".weight"))
         if number is not None:
             tensor = _checked(name, tensors.pop(name), 1)
             if len(tensor) != config.hidden_size or number in found:
@@ -168,11 +178,12 @@ def _is_own(tensor: torch.Tensor, name: str, base_rows: BaseRows) -> bool | None
 
 def _pairs(
     tensors: Mapping[str, torch.Tensor], modules: Set[str], config: ModelConfig
-) -> dict[str, dict[str, torch.Tensor]]:
-    """By module, both tensors of its pair."""
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """By module, both tensors of its pair, and its name in the model that was trained."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    names = {}
     for name, tensor in sorted(tensors.items()):
-        short = name.removeprefix(PREFIX)
+        short = name_in_decoder(name)
         ending = next((ending for ending in FORMS if short.endswith(ending)), None)
         if ending is None:
             raise AdapterError(f"tensor {excerpt(name)}: is {_kind(short)}, which is not supported")
@@ -183,13 +194,15 @@ def _pairs(
             raise AdapterError(f"tensor {excerpt(name)}: is not what PEFT saves of this module")
         pair = pairs.setdefault(module, {})
         if FORMS[ending] in pair:
-            raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
+            raise AdapterError(f"tensor {excerpt(name)}: is there twice, under two names")
         pair[FORMS[ending]] = _checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
-    return pairs
+        names[module] = name.removeprefix(PREFIX).removesuffix(ending)
+    return pairs, names
 
 
 def _name_parameters(
     pairs: dict[str, dict[str, torch.Tensor]],
+    names: dict[str, str],
     wrappers: Mapping[str, Mapping[str, ParameterPlace]],
     places: dict[str, PairPlace],
 ) -> None:
@@ -206,6 +219,7 @@ def _name_parameters(
                 f"parameter: {of}"
             )
         pairs[found], places[found] = pair, wrappers[wrapper][found]
+        names[found] = names.pop(wrapper).removesuffix(".base_layer") + "." + found.rpartition(".")[2]
 
 
 def _check_whole(module: str, pair: Mapping[str, torch.Tensor]) -> None:
@@ -246,13 +260,16 @@ class _Assembler:
         self._ranks: dict[str, int] = {}
         self._scalings: dict[str, float] = {}
 
-    def adapter(self, pairs: Mapping[str, Mapping[str, torch.Tensor]], digest: bytes) -> Adapter:
+    def adapter(
+        self, pairs: Mapping[str, Mapping[str, torch.Tensor]], names: Mapping[str, str], digest: bytes
+    ) -> Adapter:
+        """pairs: by module; names: of these modules in the model that was trained."""
         layers: list[dict[str, Parts]] = [{} for _ in range(self._config.num_layers)]
         embedding: LowRank | None = None
         lm_head: Parts = ()
         experts = _ExpertParts(layers)
-        self._ranks = self._adapter_config.ranks_of(pairs)
-        self._scalings = self._adapter_config.scalings_of(self._ranks)
+        self._ranks = self._adapter_config.ranks_of(names)
+        self._scalings = self._adapter_config.scalings_of(names, self._ranks)
         for module, pair in pairs.items():
             place = self._places[module]
             if isinstance(place, ExpertPlace):

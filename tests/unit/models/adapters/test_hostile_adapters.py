@@ -239,16 +239,17 @@ def test_wrong_fields_are_refused_by_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_patterns_times_modules_are_bounded(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a folder that is searched for minutes, and against another than the first pattern that matches."""
-    few = [f"layers.{number}.q_proj" for number in range(10)]
+    few = {name: name for name in (f"layers.{number}.q_proj" for number in range(10))}
     patterns = {f"layers.{number}.q_proj": 2 for number in (3, 8)} | {r".*\.(3|9)\.q_proj": 4}
     config = config_of({"peft_type": "LORA", "r": 8, "lora_alpha": 8, field: patterns}, "x")
     monkeypatch.setattr(adapter_folder, "MAX_COMPARISONS", 30)
     ranks = config.ranks_of(few)
-    found = ranks if field == "rank_pattern" else config.scalings_of(ranks)
+    found = ranks if field == "rank_pattern" else config.scalings_of(few, ranks)
     one, two, four = (8, 2, 4) if field == "rank_pattern" else (1, 0.25, 0.5)
     assert list(found.values()) == [one, one, one, two, one, one, one, one, two, four]
     with pytest.raises(AdapterError, match=f"'{field}': 3 patterns times 11 modules are more than 30 comparisons"):
-        config.scalings_of(config.ranks_of([*few, "layers.10.q_proj"]))
+        more = few | {"another": "layers.10.q_proj"}
+        config.scalings_of(more, config.ranks_of(more))
 
 
 @pytest.mark.parametrize("changed", [False, True])
