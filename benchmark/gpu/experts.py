@@ -1,8 +1,8 @@
 """Times the kernels of experts on the GPU at hand: routing, products of few rows and of prompts, and their sum.
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `few` (bytes of the experts that were chosen, a
-second; routing and a whole block as a decode step launches them), `one_token` (one token and experts of FP8: in codes
-by the kernel of few rows, and by that of one, in turns, with tiles of the latter), `narrow` (one to four tokens and
+second; routing and a whole block as a decode step launches them), `one_token` (tiles for one token and experts of
+FP8), `narrow` (one to four tokens and
 experts of FP8: with programs of 128 and of 64 outputs of gate and up, in turns), `prompts` (operations a second),
 `tune` (tiles for few rows).
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -209,15 +209,20 @@ def _few_8bit(bench: ExpertsBench) -> None:
     codes = {True: bench.weights.gate_up.to(FP8), False: bench.weights.down.to(FP8)}
     for tokens in FEW_TOKENS:
         tile_m = experts_policy.tile_rows(tokens, bench.shape.routing.num_experts, bench.shape.routing.top_k)
-        routes = bench.routes(tokens, tile_m)
+        routes = bench.routes(tokens, 1 if tokens == 1 else tile_m)
         chosen = bench.chosen(routes)
         for fused in (True, False):
             for blocked in (False, True):
                 shape = bench.product(fused)
-                tiles = experts_policy.rows_tiles_8bit(shape, tile_m, routes[0].most_tiles)
-                if tiles is None:
-                    continue
-                took = seconds(bench.calls_8bit(tokens, tiles, fused, blocked, routes, codes[fused]))
+                if tokens == 1:
+                    tiles = experts_policy.row_tiles_8bit(shape, blocked)
+                    calls = bench.calls_8bit_row(tiles, fused, blocked, routes, codes[fused])
+                else:
+                    by_rule = experts_policy.rows_tiles_8bit(shape, tile_m, routes[0].most_tiles)
+                    assert by_rule is not None, "the shapes here have tiles"
+                    tiles = by_rule
+                    calls = bench.calls_8bit(tokens, tiles, fused, blocked, routes, codes[fused])
+                took = seconds(calls)
                 size = chosen * codes[fused][0].nbytes
                 bench.line(
                     kernel="gate_up" if fused else "down", format="fp8_block" if blocked else "fp8_row",
@@ -236,22 +241,18 @@ def one_token(bench: ExpertsBench) -> None:
         size = bench.chosen(routes) * (codes[True][0].nbytes + codes[False][0].nbytes)
         for fused in (True, False):
             timed, shape = [], bench.product(fused)
-            if (by_policy := experts_policy.row_tiles_8bit(shape)) is None:
-                return
+            by_policy = experts_policy.row_tiles_8bit(shape, blocked)
             for tiles in dict.fromkeys((by_policy, *_row_candidates_8bit(shape))):
                 timed.append((seconds(bench.calls_8bit_row(tiles, fused, blocked, routes, codes[fused])), tiles))
                 fields = [tiles.tile_n, tiles.tile_k, tiles.stages, tiles.warps, tiles.prefetch]
-                named_kernel = {"kernel": "gate_up" if fused else "down", "by": "one_row", "tiles": fields}
-                bench.line(**named_kernel, **named, us=timed[-1][0] * 1e6, policy=tiles == by_policy)
+                kernel = "gate_up" if fused else "down"
+                bench.line(kernel=kernel, tiles=fields, **named, us=timed[-1][0] * 1e6, policy=tiles == by_policy)
             best = min(timed, key=lambda each: each[0])[1]
-            found[fused] = {"one_row": by_policy, "one_row_best": best}
-        for _ in range(3):
-            times = {"few_rows": _in_codes(bench, blocked, codes)}
-            for by in ("one_row", "one_row_best"):
-                each = [bench.calls_8bit_row(found[f][by], f, blocked, routes, codes[f]) for f in (True, False)]
-                times[by] = _together(each)
-            for by, took in times.items():
-                bench.line(kernel="both", by=by, **named, us=took * 1e6, tb_s=size / took / 1e12)
+            found[fused] = {"policy": by_policy, "best": best}
+        for _, by in product(range(3), ("policy", "best")):
+            each = [bench.calls_8bit_row(found[f][by], f, blocked, routes, codes[f]) for f in (True, False)]
+            took = _together(each)
+            bench.line(kernel="both", by=by, **named, us=took * 1e6, tb_s=size / took / 1e12)
 
 
 def narrow(bench: ExpertsBench) -> None:
@@ -278,18 +279,6 @@ def narrow(bench: ExpertsBench) -> None:
                 programs=routes[0].most_tiles * (bench.shape.width // given[0].tile_n),
             )  # fmt: skip
     experts_policy.FEWEST_WIDE_8BIT = by_policy
-
-
-def _in_codes(bench: ExpertsBench, blocked: bool, codes: Mapping[bool, torch.Tensor]) -> float:
-    """Of one token, by the kernel of few rows, and putting it into codes before."""
-    routes, hidden = bench.routes(1, experts_policy.ROW_TILES[0]), bench.shape.hidden
-    x = CodedRows(torch.zeros(1, hidden, dtype=FP8, device=GPU), torch.zeros(1, device=GPU))
-    kinds: list[Sequence[Call]] = [[partial(quantise, randn(1, hidden), x, pdl=True)] * CALLS]
-    for fused, of in codes.items():
-        tiles = experts_policy.rows_tiles_8bit(bench.product(fused), routes[0].tile_m, routes[0].most_tiles)
-        assert tiles is not None, "the shapes here have tiles"
-        kinds.append(bench.calls_8bit(1, tiles, fused, blocked, routes, of))
-    return _together(kinds)
 
 
 def _together(kinds: Sequence[Sequence[Call]]) -> float:

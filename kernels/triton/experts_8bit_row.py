@@ -7,10 +7,6 @@ float32. The sums of 16 neighbouring products, which are one thread's, are multi
 costs one operation in 17. Matrix instructions would multiply 16 rows of which one is real, in tiles so wide that a
 third of the multiprocessors have work. x and what gate and up leave stay in 16 bits: nothing is put into codes.
 Bytes: W of the experts that were chosen, N * K each (twice that when fused).
-
-It has not run on a GPU. Steps take it once experts_policy.ONE_TOKEN_STREAMS says so, which awaits
-
-    scripts/bench experts FILE one_token --model qwen3-30b-a3b
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -23,9 +23,6 @@ LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
 """Outputs, and inputs, that share a scale where weights have 8 bits, and values of a run of codes."""
-ONE_TOKEN_STREAMS = False
-"""Whether one token takes experts_8bit_row with experts in 8 bits, or as several do experts_8bit, in codes. The former
-is new: `scripts/bench experts FILE one_token` is to say, on an H200, whether it is ahead."""
 FEWEST_WIDE_8BIT = 0
 """Programs of 128 outputs of gate and up, with experts in 8 bits, below which there are programs of 64 instead: one to
 four tokens launch 48 to 192 of the former. 0: never, until `scripts/bench experts FILE narrow` has said on an H200
@@ -86,14 +83,15 @@ def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int, run: int =
     return Tiles(tile_n, run, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
 
 
-def row_tiles_8bit(shape: ProductShape) -> Tiles | None:
-    """Tiles of W of 8 bits for one token; None: no tiles divide the shape. Of 4 KiB, three on their way: all programs
-    of Qwen3-30B-A3B's experts fit an H200 at once, six or eight a multiprocessor, so 70 to 140 KiB are."""
-    n, k = shape.outputs, shape.inputs
-    if n % BLOCK or k % BLOCK:
-        return None
-    tile_k = next(size for size in (512, 256, 128) if k % size == 0)
-    return Tiles(4096 // tile_k, tile_k, 0, 4, 1, 4, prefetch=0 if shape.fused else tile_k)
+def row_tiles_8bit(shape: ProductShape, blocked: bool) -> Tiles:
+    """Tiles of W of 8 bits for one token; sizes are multiples of BLOCK. blocked: W has scales of blocks.
+
+    Of 4 KiB, or of 8 where down has scales of blocks, three on their way: all programs of Qwen3-30B-A3B's experts, with
+    which both products were timed together, fit an H200 at once, so 70 to 140 KiB are for each multiprocessor.
+    """
+    tile_k = next(size for size in ((256, 128) if blocked else (512, 256, 128)) if shape.inputs % size == 0)
+    tile_n = (8192 if blocked and not shape.fused else 4096) // tile_k
+    return Tiles(tile_n, tile_k, 0, 4, 1, 4, prefetch=0 if blocked or shape.fused else tile_k)
 
 
 def row_tiles(shape: ProductShape) -> Tiles | None:

@@ -88,7 +88,7 @@ def test_products_of_8_bits(code_type, blocked, monkeypatch):
         checks.check_experts_8bit(*common, *gate_up[:2], wide, fused=True, pdl=pdl, **given)
         checks.check_experts_8bit(*common, *down[:2], narrow, fused=False, run=wide.tile_n, pdl=pdl, **given)
     for shape in (gate_up, down):
-        tiles = experts_policy.row_tiles_8bit(shape)
+        tiles = experts_policy.row_tiles_8bit(shape, blocked)
         row = GPU, code_type, BF16, Routing(8, 2), *shape[:2], tiles
         checks.check_experts_8bit_row(*row, blocked=blocked, fused=shape.fused, pdl=True)
 

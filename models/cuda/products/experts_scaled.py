@@ -1,8 +1,8 @@
 """Products of experts with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes.
 
 Tokens are put into codes once, with scales as the weight has them, of rows or of runs of 128 values; what gate and up
-make always has scales of runs, as wide as a program, which the product itself can tell. One token may be multiplied as
-it is.
+make always has scales of runs, as wide as a program, which the product itself can tell. One token is multiplied as it
+is.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class ScaledExperts:
         hidden, width = sizes.hidden, sizes.width
         self._shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
         self._tiles(experts_policy.ROW_TILES[0], 1)
-        one = [tiles for tiles in map(experts_policy.row_tiles_8bit, self._shapes) if tiles is not None]
-        self._of_one_token = one if experts_policy.ONE_TOKEN_STREAMS else None
         code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
+        self._of_one_token = [experts_policy.row_tiles_8bit(shape, self._run > 0) for shape in self._shapes]
         room, padded = sizes.room(max_tokens, self.tile_rows), -(-max_tokens // PADDING) * PADDING
 
         def codes(rows: int, columns: int) -> torch.Tensor:
@@ -51,11 +50,11 @@ class ScaledExperts:
         self._gated_codes = codes(room.rows, width)
         self._gated_scales = torch.zeros(room.rows * (width // experts_policy.NARROW), device=device)
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
-        self._gated = torch.empty(sizes.routing.top_k if self._of_one_token else 0, width, dtype=dtype, device=device)
+        self._gated = torch.empty(sizes.routing.top_k, width, dtype=dtype, device=device)
 
     def tile_rows(self, num_tokens: int) -> int:
         """Of the tiles in which so many tokens are multiplied."""
-        if num_tokens == 1 and self._of_one_token:
+        if num_tokens == 1:
             return 1
         return experts_policy.tile_rows(num_tokens, self._sizes.routing.num_experts, self._sizes.routing.top_k)
 
@@ -67,7 +66,7 @@ class ScaledExperts:
         first, second = _scaled(gate_up), _scaled(down)
         of_gate_up = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
         of_down = second.codes.view(down.num_experts, down.num_outputs, -1)
-        if routes.tile_m == 1 and self._of_one_token:
+        if routes.tile_m == 1:
             wide, narrow = self._of_one_token
             plain, rows = self._gated[:count], self._rows[:count]
             experts_8bit_row(x, of_gate_up, first.scales, routes, wide, plain, fused=True, gathered=True, pdl=pdl)

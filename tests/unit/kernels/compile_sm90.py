@@ -522,7 +522,7 @@ def experts_8bit_row(blocked: bool) -> None:
     made = routes(1, 128, 8, 1)
     for code_type in (torch.float8_e4m3fn, torch.int8):
         for n, k, fused in ((768, 2048, True), (2048, 768, False)):
-            tiles, wide = experts_policy.row_tiles_8bit(ProductShape(n, k, fused)), 2 * n if fused else n
+            tiles, wide = experts_policy.row_tiles_8bit(ProductShape(n, k, fused), blocked), 2 * n if fused else n
             scales = empty(*((wide, k // 128) if blocked else (128 * wide,)), dtype=torch.float32)
             codes, x = empty(128, wide, k, dtype=code_type), empty(1 if fused else 8, k)
             given = {"fused": fused, "gathered": fused, "pdl": True}
