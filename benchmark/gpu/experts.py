@@ -1,10 +1,8 @@
 """Times the kernels of experts on the GPU at hand: routing, products of few rows and of prompts, and their sum.
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `few` (bytes of the experts that were chosen, a
-second; routing and a whole block as a decode step launches them), `one_token` (tiles for one token and experts of
-FP8), `narrow` (one to four tokens and
-experts of FP8: with programs of 128 and of 64 outputs of gate and up, in turns), `prompts` (operations a second),
-`tune` (tiles for few rows).
+second; routing and a whole block as a decode step launches them), `prompts` (operations a second), `tune` (tiles for
+few rows), `one_token` (tiles for one token and experts of FP8).
 
 Weights are random and the tokens' choices too, evenly and with a few experts that most tokens choose (`--skew`). A
 time is the median of replays of a CUDA graph of several calls, each with choices of its own, so that they are together
@@ -120,18 +118,13 @@ class ExpertsBench:
         rows, (e, outputs, _) = len(routes[0].tokens), codes.shape
         scales = torch.rand(*((e * outputs // 128, k // 128) if blocked else (e * outputs,)), device=GPU) / 448
         given = tokens if fused else rows
-        wide = experts_policy.rows_tiles_8bit(self.product(True), tiles.tile_m, routes[0].most_tiles)
-        assert wide is not None, "the shapes here have tiles"
-        run = RUN if fused else wide.tile_n
         x = CodedRows(
             torch.zeros(given, k, dtype=FP8, device=GPU),
-            torch.zeros(*((k // run, given) if blocked or not fused else (given,)), device=GPU),
+            torch.zeros(*((k // RUN, given) if blocked or not fused else (given,)), device=GPU),
         )
         out: torch.Tensor | CodedRows = randn(rows, n)
         if fused:
-            out = CodedRows(
-                torch.zeros(rows, n, dtype=FP8, device=GPU), torch.zeros(n // tiles.tile_n, rows, device=GPU)
-            )
+            out = CodedRows(torch.zeros(rows, n, dtype=FP8, device=GPU), torch.zeros(n // RUN, rows, device=GPU))
         return [
             partial(experts_8bit, x, codes, scales, of, tiles, out, fused=fused, gathered=fused, pdl=True)
             for of in routes
@@ -255,32 +248,6 @@ def one_token(bench: ExpertsBench) -> None:
             bench.line(kernel="both", by=by, **named, us=took * 1e6, tb_s=size / took / 1e12)
 
 
-def narrow(bench: ExpertsBench) -> None:
-    codes = {True: bench.weights.gate_up.to(FP8), False: bench.weights.down.to(FP8)}
-    by_policy, tile_m = experts_policy.FEWEST_WIDE_8BIT, experts_policy.ROW_TILES[0]
-    for tokens, blocked in product((1, 2, 3, 4), (False, True)):
-        routes = bench.routes(tokens, tile_m)
-        size = bench.chosen(routes) * (codes[True][0].nbytes + codes[False][0].nbytes)
-        for _, fewest in product(range(3), (0, experts_policy.PROGRAMS)):
-            experts_policy.FEWEST_WIDE_8BIT = fewest
-            kinds: list[Sequence[Call]] = []
-            given: list[Tiles] = []
-            for fused in (True, False):
-                run = given[0].tile_n if given else RUN
-                tiles = experts_policy.rows_tiles_8bit(bench.product(fused), tile_m, routes[0].most_tiles, run)
-                if tiles is None:
-                    return
-                given.append(tiles)
-                kinds.append(bench.calls_8bit(tokens, tiles, fused, blocked, routes, codes[fused]))
-            us = [seconds(kind) * 1e6 for kind in kinds] + [_together(kinds) * 1e6]
-            bench.line(
-                kernel="narrow", format="fp8_block" if blocked else "fp8_row", tokens=tokens, outputs=given[0].tile_n,
-                gate_up_us=us[0], down_us=us[1], both_us=us[2], tb_s=size / us[2] / 1e6,
-                programs=routes[0].most_tiles * (bench.shape.width // given[0].tile_n),
-            )  # fmt: skip
-    experts_policy.FEWEST_WIDE_8BIT = by_policy
-
-
 def _together(kinds: Sequence[Sequence[Call]]) -> float:
     """Seconds of a call of each kind, which follow one another."""
     return seconds([call for turn in zip(*kinds, strict=True) for call in turn]) * len(kinds)
@@ -396,9 +363,7 @@ def _candidates(shape: ProductShape, tile_m: int) -> list[Tiles]:
     return [tiles for tiles in found if n % tiles.tile_n == 0 and k % tiles.tile_k == 0]
 
 
-PARTS: dict[str, Callable[[ExpertsBench], None]] = {
-    part.__name__: part for part in (few, narrow, one_token, prompts, tune)
-}
+PARTS: dict[str, Callable[[ExpertsBench], None]] = {part.__name__: part for part in (few, prompts, tune, one_token)}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 x is in codes too, so that the matrix unit multiplies bytes by bytes. Of FP8 it adds up 128 products, and what it added
 up is added in float32, as in `linear_8bit`. The product of gate and up leaves silu(gate) * up in codes as well, with a
-scale for each run of outputs that one program has at hand, 128 or 64: what `down` reads needs no launch between.
+scale for each run of 128 outputs, which one program has at hand: what `down` reads needs no launch between.
 Scales of W: float32 [E * N], or [E * N / 128, K / 128]. A row's bits depend on that row alone.
 Bytes: W of the experts that were chosen, N * K each (twice that when fused).
 """
@@ -28,11 +28,11 @@ from baton.kernels.triton.route import Routes
 def _experts_8bit_kernel(
     x_desc, weight_desc, x_ptr, x_scale_ptr, codes_ptr, scale_ptr, tokens_ptr, experts_ptr, sizes_ptr, num_tiles_ptr,
     out_ptr, out_scale_ptr, num_rows, scale_stride, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr, TILE_M: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
-    FUSED: tl.constexpr, GATHERED: tl.constexpr, BLOCKED: tl.constexpr, RUNS: tl.constexpr, CODED: tl.constexpr,
-    LARGEST: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    TILE_K: tl.constexpr, TILE_M: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+    GATHERED: tl.constexpr, BLOCKED: tl.constexpr, RUNS: tl.constexpr, CODED: tl.constexpr, LARGEST: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKED: W has scales of blocks. RUNS: x has scales of runs of RUN. CODED: so has out, of TILE_N; it is codes."""
+    """BLOCKED: W has scales of blocks. RUNS: x has scales of runs. CODED: so has out, which is codes."""
     tile, first_n = tl.program_id(0), tl.program_id(1) * TILE_N
     if PDL and GATHERED:
         gdc_wait()
@@ -64,7 +64,7 @@ def _experts_8bit_kernel(
             x = tl.load(x_place + k) if GATHERED else x_desc.load([first_m, k])
             x_scale = tl.full([1, 1], 1.0, tl.float32)
             if RUNS:
-                x_scale = tl.load(x_scale_ptr + k // RUN * scale_stride + row, mask=inside, other=0.0)[None, :]
+                x_scale = tl.load(x_scale_ptr + k // BLOCK * scale_stride + row, mask=inside, other=0.0)[None, :]
             scale = x_scale * scale_of(scales, k, BLOCK, BLOCKED)
             total += tl.dot(weight_desc.load([first_row, k]), x.T).to(tl.float32) * scale
             if FUSED:
@@ -114,10 +114,10 @@ def experts_8bit(
     gathered: bool = False,
     pdl: bool = False,
 ) -> None:
-    """Fills the rows of out [P, N] that some token has, P = most_tiles * tile_m; in codes with scales [N / tile_n, P].
+    """Fills the rows of out [P, N] that some token has, P = most_tiles * tile_m; in codes with scales [N / 128, P].
 
     codes [E, N, K] ([E, 2 N, K] when fused) FP8 or INT8; scales float32 [E * N] or [E * N / 128, K / 128] (twice that
-    when fused); x: T rows of K if gathered, else P, with scales of rows or of runs of 128 or 64.
+    when fused); x: T rows of K if gathered, else P, with scales of rows or of runs of 128.
     """
     k, n = codes.shape[2], codes.shape[1] // (2 if fused else 1)
     all_outputs, num_rows = codes.shape[0] * codes.shape[1], routes.most_tiles * routes.tile_m
@@ -133,15 +133,15 @@ def experts_8bit(
     require(tuple(scales.shape) == wanted and scales.dtype == torch.float32, f"scales {tuple(scales.shape)}")
     require(not blocked or (n % BLOCK == k % BLOCK == 0 and BLOCK % tiles.tile_n == 0), f"{tiles} cut through blocks")
     require(x.codes.dtype == codes.dtype and x.scales.dtype == torch.float32, "x is not in codes of W's type")
-    run = k // x.scales.shape[0] if runs else k
     if runs:
-        require(run in (64, BLOCK) and x.scales.shape[1] >= given, f"scales of x {tuple(x.scales.shape)}")
+        fits = x.scales.shape[0] * BLOCK == k and x.scales.shape[1] >= given
+        require(fits, f"scales of x {tuple(x.scales.shape)}")
     else:
         require(tuple(x.scales.shape) == (given,), f"scales of x {tuple(x.scales.shape)}")
-    step = min(run, BLOCK, tiles.tile_k)
+    step = min(BLOCK, tiles.tile_k)
     if isinstance(out, CodedRows):
-        require(values.dtype == codes.dtype, "out is not in codes of W's type")
-        require(tuple(out.scales.shape) == (n // tiles.tile_n, num_rows), f"scales of out {tuple(out.scales.shape)}")
+        require(values.dtype == codes.dtype and tiles.tile_n == BLOCK, "out is not in codes of W's type, and of runs")
+        require(tuple(out.scales.shape) == (n // BLOCK, num_rows), f"scales of out {tuple(out.scales.shape)}")
     for tensor in (*x, codes, scales, values):
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
@@ -151,7 +151,7 @@ def experts_8bit(
     _experts_8bit_kernel[(routes.most_tiles, n // tiles.tile_n)](
         x_desc, weight_desc, x.codes, x.scales, codes, scales, routes.tokens, routes.experts, routes.sizes,
         routes.num_tiles, values, out.scales if isinstance(out, CodedRows) else x.scales, num_rows, x.scales.shape[-1],
-        N=n, K=k, TILE_N=tiles.tile_n, TILE_K=step, TILE_M=tiles.tile_m, STAGES=tiles.stages, BLOCK=BLOCK, RUN=run,
+        N=n, K=k, TILE_N=tiles.tile_n, TILE_K=step, TILE_M=tiles.tile_m, STAGES=tiles.stages, BLOCK=BLOCK,
         FUSED=fused, GATHERED=gathered, BLOCKED=blocked, RUNS=runs, CODED=coded,
         LARGEST=LARGEST_CODE[codes.dtype] if coded else 0.0, PREFETCH=tiles.prefetch, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),

@@ -23,10 +23,6 @@ LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
 """Outputs, and inputs, that share a scale where weights have 8 bits, and values of a run of codes."""
-FEWEST_WIDE_8BIT = 0
-"""Programs of 128 outputs of gate and up, with experts in 8 bits, below which there are programs of 64 instead: one to
-four tokens launch 48 to 192 of the former. 0: never, until `scripts/bench experts FILE narrow` has said on an H200
-whether PROGRAMS is faster."""
 FEW_TOKENS = 256
 """Up to so many, parts of a router's product gain more than they cost the kernel that sums them."""
 ROUTER_SPLITS = (8, 9, 7, 6, 5, 4, 3, 2)
@@ -71,16 +67,16 @@ def rows_tiles(shape: ProductShape, tile_m: int, num_tiles: int, element_bytes: 
     return Tiles(tile_n, tile_k, tile_m, max(stages, 2), 1, warps, prefetch=256 if k >= 256 else 0)
 
 
-def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int, run: int = BLOCK) -> Tiles | None:
-    """As rows_tiles, of W of 8 bits, and of x with runs of codes: those of gate and up are as wide as a program."""
+def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles | None:
+    """As rows_tiles, of W of 8 bits. A program of gate and up is as wide as the runs of codes that it leaves."""
     n, k = shape.outputs, shape.inputs
     if n % BLOCK or k % BLOCK:
         return None
-    wide = num_tiles * (n // WIDE) >= (FEWEST_WIDE_8BIT if shape.fused else PROGRAMS)
+    wide = shape.fused or num_tiles * (n // WIDE) >= PROGRAMS
     tile_n = WIDE if wide else NARROW
-    stage = (tile_n * (2 if shape.fused else 1) + tile_m) * run
-    stages = max(2, min(SHARED_BYTES // 2 // stage, 6 * BLOCK // run))
-    return Tiles(tile_n, run, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
+    stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
+    stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
+    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
 
 
 def row_tiles_8bit(shape: ProductShape, blocked: bool) -> Tiles:

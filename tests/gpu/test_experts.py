@@ -75,18 +75,17 @@ def test_products(pdl):
 
 @pytest.mark.parametrize("code_type", [FP8, INT8])
 @pytest.mark.parametrize("blocked", [False, True])
-def test_products_of_8_bits(code_type, blocked, monkeypatch):
+def test_products_of_8_bits(code_type, blocked):
     """FP8 is summed with 14 bits."""
     given = {"blocked": blocked, "skewed": True, "tolerance": 5e-4}
     gate_up, down = ProductShape(WIDTH, HIDDEN, True), ProductShape(HIDDEN, WIDTH)
-    for tile_m, num_tokens, num_tiles, fewest in ((16, 4, 8, 0), (16, 4, 8, 200), (16, 40, 100, 0), (64, 300, 100, 0)):
-        monkeypatch.setattr(experts_policy, "FEWEST_WIDE_8BIT", fewest)
+    for tile_m, num_tokens, num_tiles in ((16, 4, 8), (16, 40, 100), (64, 300, 100)):
         pdl = num_tokens < 100
         wide = experts_policy.rows_tiles_8bit(gate_up, tile_m, num_tiles)
-        narrow = experts_policy.rows_tiles_8bit(down, tile_m, num_tiles, wide.tile_n)
+        narrow = experts_policy.rows_tiles_8bit(down, tile_m, num_tiles)
         common = GPU, code_type, num_tokens, Routing(8, 2)
         checks.check_experts_8bit(*common, *gate_up[:2], wide, fused=True, pdl=pdl, **given)
-        checks.check_experts_8bit(*common, *down[:2], narrow, fused=False, run=wide.tile_n, pdl=pdl, **given)
+        checks.check_experts_8bit(*common, *down[:2], narrow, fused=False, pdl=pdl, **given)
     for shape in (gate_up, down):
         tiles = experts_policy.row_tiles_8bit(shape, blocked)
         row = GPU, code_type, BF16, Routing(8, 2), *shape[:2], tiles

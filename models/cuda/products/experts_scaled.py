@@ -1,7 +1,7 @@
 """Products of experts with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes.
 
 Tokens are put into codes once, with scales as the weight has them, of rows or of runs of 128 values; what gate and up
-make always has scales of runs, as wide as a program, which the product itself can tell. One token is multiplied as it
+make always has scales of runs, which the product itself can tell. One token is multiplied as it
 is.
 """
 
@@ -48,7 +48,7 @@ class ScaledExperts:
         self._x_codes = codes(padded, hidden)
         self._x_scales = torch.zeros(padded * (hidden // RUN if self._run else 1), device=device)
         self._gated_codes = codes(room.rows, width)
-        self._gated_scales = torch.zeros(room.rows * (width // experts_policy.NARROW), device=device)
+        self._gated_scales = torch.zeros(room.rows * (width // RUN), device=device)
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
         self._gated = torch.empty(sizes.routing.top_k, width, dtype=dtype, device=device)
 
@@ -75,7 +75,7 @@ class ScaledExperts:
         wide, narrow = self._tiles(routes.tile_m, routes.most_tiles)
         coded = self._coded(x)
         quantise(x, coded, pdl=pdl)
-        scales = self._gated_scales[: count * (width // wide.tile_n)].view(-1, count)
+        scales = self._gated_scales[: count * (width // RUN)].view(-1, count)
         gated, rows = CodedRows(self._gated_codes[:count], scales), self._rows[:count]
         experts_8bit(coded, of_gate_up, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
         experts_8bit(gated, of_down, second.scales, routes, narrow, rows, pdl=pdl)
@@ -85,7 +85,7 @@ class ScaledExperts:
         """Of gate and up together, and of down."""
         gate_up, down = self._shapes
         wide = experts_policy.rows_tiles_8bit(gate_up, tile_m, num_tiles)
-        narrow = wide and experts_policy.rows_tiles_8bit(down, tile_m, num_tiles, wide.tile_n)
+        narrow = experts_policy.rows_tiles_8bit(down, tile_m, num_tiles)
         if wide is None or narrow is None:
             raise SettingsError(
                 f"experts of width {self._sizes.width} and hidden size {self._sizes.hidden}: in 8 bits the GPU takes "

@@ -491,8 +491,7 @@ def experts(tile_m: int) -> None:
         module.experts(x, weight, made, tiles, out, fused=fused, gathered=fused, pdl=True)
 
 
-def experts_8bit(tile_m: int, blocked: bool, run: int = 128) -> None:
-    """run: of the codes that gate and up leave, which is as wide as a program of theirs."""
+def experts_8bit(tile_m: int, blocked: bool) -> None:
     from baton.kernels.triton import experts_8bit as module
     from baton.kernels.triton.linear_policy import Tiles
     from baton.kernels.triton.quantise import CodedRows
@@ -505,10 +504,10 @@ def experts_8bit(tile_m: int, blocked: bool, run: int = 128) -> None:
         return CodedRows(empty(count, width, dtype=code_type), empty(*scales, dtype=torch.float32))
 
     for n, k, fused in ((768, 2048, True), (2048, 768, False)):
-        wide, tiles = 2 * n if fused else n, Tiles(run if fused else 64, 128 if fused else run, tile_m, 384 // run, 1)
+        wide, tiles = 2 * n if fused else n, Tiles(128 if fused else 64, 128, tile_m, 3, 1)
         of_codes = empty(*((128 * wide // 128, k // 128) if blocked else (128 * wide,)), dtype=torch.float32)
-        x = coded(tile_m, k, 128 if blocked else 0) if fused else coded(rows, k, run)
-        out = coded(rows, n, run) if fused else empty(rows, n)
+        x = coded(tile_m, k, 128 if blocked else 0) if fused else coded(rows, k, 128)
+        out = coded(rows, n, 128) if fused else empty(rows, n)
         codes = empty(128, wide, k, dtype=code_type)
         module.experts_8bit(x, codes, of_codes, made, tiles, out, fused=fused, gathered=fused, pdl=True)
 
@@ -743,7 +742,6 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_row": lambda: experts(0),
     "experts_16": lambda: experts(16),
     "experts_8bit_16_block": lambda: experts_8bit(16, True),
-    "experts_8bit_16_block_narrow": lambda: experts_8bit(16, True, 64),
     "experts_8bit_row": lambda: experts_8bit_row(False),
     "experts_8bit_row_block": lambda: experts_8bit_row(True),
     "experts_gluon": experts_gluon,

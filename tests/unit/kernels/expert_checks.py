@@ -171,13 +171,11 @@ def check_experts_8bit(
     *,
     blocked: bool,
     fused: bool,
-    run: int = RUN,
     skewed: bool = False,
     pdl: bool = False,
     tolerance: float = 1e-5,
 ) -> None:
-    """fused: from tokens in codes to rows in codes, of runs as wide as a tile; else from rows in codes of runs of
-    `run` to plain ones."""
+    """fused: from tokens in codes to rows in codes of runs; else from rows in codes of runs to plain ones."""
     e, tile_m = routing.num_experts, tiles.tile_m
     logits = some_logits(num_tokens, e, skewed)
     ids, _ = choose_plainly(logits, None, routing)
@@ -186,7 +184,7 @@ def check_experts_8bit(
     weight = randn((e * wide, k), torch.float32, "cpu", 1) / k**0.5
     codes, scales, weight = quantised(weight, code_type, *((128, 128) if blocked else (1, k)))
     codes, scales = codes.view(e, wide, k).to(device), (scales if blocked else scales[:, 0]).contiguous().to(device)
-    run = run if blocked or not fused else k
+    run = RUN if blocked or not fused else k
     x_codes, x_scales, exact_x = quantised(randn((num_tokens, k), torch.float32, "cpu", 2), code_type, 1, run)
     of_tokens = x_scales.t().contiguous() if run < k else x_scales[:, 0].contiguous()
     x, out = CodedRows(x_codes.to(device), of_tokens.to(device)), poison((num_rows, n), torch.bfloat16, device)
@@ -195,15 +193,15 @@ def check_experts_8bit(
         x = CodedRows(x.codes[of_pairs], x.scales[:, of_pairs].contiguous())
     target: torch.Tensor | CodedRows = out
     if fused:
-        of_rows = poison((n // tiles.tile_n, num_rows), torch.float32, device)
+        of_rows = poison((n // RUN, num_rows), torch.float32, device)
         target = CodedRows(torch.full((num_rows, n), 77, dtype=torch.uint8, device=device).view(code_type), of_rows)
     experts_8bit(x, codes, scales, routes, tiles, target, fused=fused, gathered=fused, pdl=pdl)
     exact = _products(exact_x.to(device), weight.view(e, wide, k).to(device), ids.to(device), fused).cpu()
     positions = routes.positions.long()
     if isinstance(target, CodedRows):
-        found = target.codes[positions].float() * target.scales.t()[positions].repeat_interleave(tiles.tile_n, -1)
-        plain, plain_scales = reference.quantise(exact.flatten(0, 1).float(), code_type, tiles.tile_n)
-        rounded = plain.float() * plain_scales.t().repeat_interleave(tiles.tile_n, 1)
+        found = target.codes[positions].float() * target.scales.t()[positions].repeat_interleave(RUN, -1)
+        plain, plain_scales = reference.quantise(exact.flatten(0, 1).float(), code_type, RUN)
+        rounded = plain.float() * plain_scales.t().repeat_interleave(RUN, 1)
         bound = 1.1 * error(rounded, exact.flatten(0, 1))
     else:
         found, bound = out[positions], max(2 * error(exact.to(out.dtype), exact), tolerance)

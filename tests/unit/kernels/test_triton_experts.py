@@ -79,14 +79,6 @@ def test_experts_of_8_bits_and_one_token(device, code_type, blocked, fused):
     checks.check_experts_8bit_row(device, code_type, torch.float32, FEW, 256, 384, Tiles(32, 128, 0, 3, 1), **given)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_narrow_runs_of_codes(device, fused):
-    """Guards against a scale of W that changes with the runs of x."""
-    tiles = Tiles(64, 128, 16, 2, 1)
-    run = {"run": 128 if fused else 64}
-    checks.check_experts_8bit(device, FP8, 4, FEW, 128, 256, tiles, blocked=True, fused=fused, **run)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shared", "gated"), [(0, False), (1, True), (2, False)])
 def test_the_norm_sums_what_experts_add(device, dtype, shared, gated):

@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels import ExpertLinears, Routing, ScaledLinear, reference
-from baton.kernels.triton import experts_policy
+from baton.kernels import ExpertLinears, Routing, ScaledLinear
 from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.node.errors import SettingsError
@@ -80,27 +79,6 @@ def test_experts_without_kernels_are_refused_by_name(make_model):
     folder = make_model("qwen3_moe", num_hidden_layers=1, **EXPERTS | {"moe_intermediate_size": 24}).folder
     with pytest.raises(SettingsError, match="width 24"):
         make(folder)
-
-
-def test_few_tokens_take_narrow_programs_of_experts_of_8_bits(monkeypatch):
-    """Guards against runs of codes that are read as wider ones, and scales that have no room."""
-    monkeypatch.setattr(experts_policy, "FEWEST_WIDE_8BIT", experts_policy.PROGRAMS)
-    routing, size = Routing(4, 2), 128
-    products = ScaledExperts(ExpertsSizes(routing, range(4), size, size), "fp8_row", 3, torch.float32, "cpu")
-    gate_up, down = random_experts(4, 2 * size, size), random_experts(4, size, size)
-    routes = routes_of(some_logits(3, 4, False, 1), routing, products.tile_rows(3), "cpu")
-    x = torch.randn(3, size, generator=torch.Generator().manual_seed(1))
-    rows = products(gate_up, down, x, routes, pdl=False)
-    for token, position in ((of, place) for of in range(3) for place in routes.positions[of].tolist()):
-        expert = int(routes.experts[position // routes.tile_m])
-        gate, up = gate_up.expert(expert)(through_codes(x[token : token + 1], size)).chunk(2, 1)
-        exact = down.expert(expert)(through_codes(torch.nn.functional.silu(gate) * up, experts_policy.NARROW))[0]
-        assert (rows[position] - exact).norm() / exact.norm() < 0.01
-
-
-def through_codes(x: torch.Tensor, run: int) -> torch.Tensor:
-    codes, scales = reference.quantise(x, torch.float8_e4m3fn, run)
-    return codes.float() * scales.t().repeat_interleave(run, 1)
 
 
 def test_one_token_takes_experts_of_8_bits_as_it_is():
