@@ -3,6 +3,8 @@
     y = W x + b (a x)                  a [rank, inputs], b [outputs, rank]; the scaling is in b
     y = row_scale * (W x) + b (a x)    of DoRA, whose factors are in b too
 
+Biases of the model are added behind.
+
 Query, key and value are parts of one product here, gate and up of another (models.layer_weights); of latent attention
 queries, or their latent, and the latent of keys and values. Routed experts have a product each, whose pairs lie behind
 one another: a [experts, rank, inputs], b [experts, outputs, rank]. Each part of a product's outputs has a pair of its

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from baton.models.adapters.adapter import (
-    GATE_PRODUCTS,
     AdaptedProduct,
     Adapter,
     LayerAdapter,
@@ -273,41 +272,28 @@ class _Assembler:
         for module, pair in pairs.items():
             place = self._places[module]
             if isinstance(place, ExpertPlace):
-                experts.add(module, place, self._scaled(module, pair, place.shape, has_bias=True))
+                experts.add(module, place, self._scaled(module, pair, place.shape))
             elif isinstance(place, ParameterPlace):
-                scaled = self._scaled(module, pair, place.shape, has_bias=True, num_experts=place.num_experts)
-                experts.add_all(module, place, scaled)
+                experts.add_all(module, place, self._scaled(module, pair, place.shape, place.num_experts))
             elif isinstance(place, ProductPlace):
                 parts = list(layers[place.layer].get(place.product, (None,) * place.num_parts))
                 own = slice(place.first_part, place.first_part + len(place.shape.outputs))
                 if any(parts[own]):
                     raise AdapterError(f"module {module}: is there twice, under two names")
-                parts[own] = _cut(self._scaled(module, pair, place.shape, self._has_bias(place)), place.shape)
+                parts[own] = _cut(self._scaled(module, pair, place.shape), place.shape)
                 layers[place.layer][place.product] = tuple(parts)
             elif module == LM_HEAD:
-                lm_head = (self._scaled(module, pair, place, has_bias=False),)
+                lm_head = (self._scaled(module, pair, place),)
             else:
-                embedding = self._scaled(module, pair, AdaptedProduct(place.num_outputs, (place.num_inputs,)), True)
+                embedding = self._scaled(module, pair, AdaptedProduct(place.num_outputs, (place.num_inputs,)))
         if self._config.experts is not None:
             experts.join(self._config.experts.num_experts)
         return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
 
-    def _has_bias(self, place: ProductPlace) -> bool:
-        config = self._config
-        if place.product in GATE_PRODUCTS:
-            return config.experts is not None and config.experts.rules.router_bias
-        return {"qkv": config.qkv_bias, "o": config.o_bias}.get(place.product, config.mlp_bias)
-
     def _scaled(
-        self,
-        module: str,
-        pair: Mapping[str, torch.Tensor],
-        shape: AdaptedProduct,
-        has_bias: bool,
-        num_experts: int = 1,
+        self, module: str, pair: Mapping[str, torch.Tensor], shape: AdaptedProduct, num_experts: int = 1
     ) -> LowRank:
-        """The pair with the scaling in b, float32. has_bias: it takes no magnitude; num_experts: whose pairs are
-        in it."""
+        """The pair with the scaling in b, float32. num_experts: whose pairs are in it."""
         _check_whole(module, pair)
         a, b, rank = pair["a"], pair["b"], num_experts * self._ranks[module]
         if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
@@ -318,14 +304,12 @@ class _Assembler:
         scaled = LowRank(a, b.float() * self._scalings[module])
         if ("magnitude" in pair) != self._adapter_config.has_magnitudes:
             raise AdapterError(f"module {module}: has a magnitude, or has none, other than 'use_dora' says")
-        return self._with_magnitude(module, scaled, pair["magnitude"], has_bias) if "magnitude" in pair else scaled
+        return self._with_magnitude(module, scaled, pair["magnitude"]) if "magnitude" in pair else scaled
 
-    def _with_magnitude(self, module: str, pair: LowRank, magnitude: torch.Tensor, has_bias: bool) -> LowRank:
+    def _with_magnitude(self, module: str, pair: LowRank, magnitude: torch.Tensor) -> LowRank:
         """Each row of W + b a gets the length that the magnitude says; arXiv:2402.09353."""
-        if has_bias:
-            raise AdapterError(
-                f"module {module}: DoRA of embeddings, routed experts and modules with biases is not supported"
-            )
+        if not isinstance(self._places[module], ProductPlace) and module != LM_HEAD:
+            raise AdapterError(f"module {module}: DoRA of embeddings and routed experts is not supported")
         weight = self._base_rows(f"{module}.weight", None)
         if weight is None or magnitude.shape != pair.b.shape[:1]:
             raise AdapterError(f"module {module}: DoRA needs the model's plain weight, with a magnitude for each row")

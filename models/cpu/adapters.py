@@ -1,6 +1,6 @@
 """Adapters on the CPU: the slots of a runner, and what they add to the products of some rows.
 
-    y[rows, outputs] = row_scale * y[rows, outputs] + (x[rows] a^T) b^T
+    y[rows, outputs] = row_scale * (W x) + bias + (x[rows] a^T) b^T
 
 An adapter may bring an embedding, norms and a head of its own, which are read in place of the model's.
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from baton import kernels
+from baton.kernels import Linear
 from baton.models.adapters.adapter import Adapter, LowRank, Parts, expert_products, gate_products, layer_products
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
@@ -43,12 +44,14 @@ class PlacedPair(NamedTuple):
     def of_expert(self, expert: int) -> PlacedPair:
         return self._replace(a=self.a[expert], b=self.b[expert])
 
-    def add(self, rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        end = self.first_output + self.b.shape[0]
+    def add(self, rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """bias: of y [N, outputs], the product of x [N, inputs]; it is not scaled."""
+        own = slice(self.first_output, self.first_output + self.b.shape[0])
         if self.row_scale is not None:
-            y[rows, self.first_output : end] *= self.row_scale
+            added = 0.0 if bias is None else bias[own]
+            y[rows, own] = (y[rows, own] - added) * self.row_scale + added
         a, b = self.a.to(x.dtype), self.b.to(x.dtype)  # a router reads float32
-        y[rows, self.first_output : end] += (x[rows] @ a.t()) @ b.t()
+        y[rows, own] += (x[rows] @ a.t()) @ b.t()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +85,12 @@ class RowAdapters:
     groups: tuple[tuple[CpuAdapter, torch.Tensor], ...] = ()
     """Adapters, and of each the numbers of its rows."""
 
-    def add(self, layer: int, product: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y [N, outputs], with what the adapters add to the layer's product of x [N, inputs]."""
+    def product(self, layer: int, name: str, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """[N, outputs]: the layer's product of x [N, inputs], with what the adapters change of it."""
+        y = linear(x)
         for adapter, rows in self.groups:
-            for pair in adapter.layers[layer].get(product, ()):
-                pair.add(rows, x, y)
+            for pair in adapter.layers[layer].get(name, ()):
+                pair.add(rows, x, y, linear.bias)
         return y
 
     def add_to_expert(

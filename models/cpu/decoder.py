@@ -126,13 +126,13 @@ class _StepOps:
         self._tap(index, self._residual)
         if isinstance(shape, LatentAttention):
             assert isinstance(weights, LatentWeights), "the weights are of this shape"
-            query, row = absorbed(shape, weights, x, self._ropes[shape.rope], partial(self._adapters.add, index))
+            query, row = absorbed(shape, weights, x, self._ropes[shape.rope], partial(self._adapters.product, index))
             attended = raised(shape, weights, self._attention(index, query, row, self._step))
-            return self._peers.sum(self._adapters.add(index, "o", attended, weights.o(attended)))
+            return self._peers.sum(self._adapters.product(index, "o", weights.o, attended))
         assert isinstance(weights, AttentionWeights), "the weights are of this shape"
         query, kv = self._project(shape, weights, x)
         attended = self._attention(index, query, kv, self._step, weights.sinks)
-        return self._peers.sum(self._adapters.add(index, "o", attended, weights.o(attended)))
+        return self._peers.sum(self._adapters.product(index, "o", weights.o, attended))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         activation = ACTIVATIONS[layer.shape.mlp.activation]
@@ -142,15 +142,14 @@ class _StepOps:
         return self._peers.sum(self._experts_mlp(layer.shape.mlp, layer.mlp, x, activation))
 
     def _dense_mlp(self, mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        gate_up = self._adapters.add(self._layer, "gate_up", x, mlp.gate_up(x))
+        gate_up = self._adapters.product(self._layer, "gate_up", mlp.gate_up, x)
         active = activation(gate_up)
-        return self._adapters.add(self._layer, "down", active, mlp.down(active))
+        return self._adapters.product(self._layer, "down", mlp.down, active)
 
     def _experts_mlp(
         self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation
     ) -> torch.Tensor:
-        router_inputs = x.float()
-        logits = self._adapters.add(self._layer, "router", router_inputs, mlp.router(router_inputs))
+        logits = self._adapters.product(self._layer, "router", mlp.router, x.float())
         experts, weights = kernels.route(logits, mlp.correction, shape.routing)
         of_expert = activation if shape.clamped is None else partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
         added_to = partial(self._adapters.add_to_expert, self._layer)
@@ -159,7 +158,7 @@ class _StepOps:
         if mlp.shared is not None:
             shared = self._dense_mlp(mlp.shared, x, activation)
             if mlp.shared_gate is not None:
-                shared *= self._adapters.add(self._layer, "shared_gate", x, mlp.shared_gate(x)).sigmoid_()
+                shared *= self._adapters.product(self._layer, "shared_gate", mlp.shared_gate, x).sigmoid_()
             added += shared
         return added
 
@@ -199,7 +198,7 @@ class _StepOps:
         self, shape: GroupedAttention, weights: AttentionWeights, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
-        qkv = self._adapters.add(self._layer, "qkv", x, weights.qkv(x))
+        qkv = self._adapters.product(self._layer, "qkv", weights.qkv, x)
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
         query_key = heads[:, : shape.num_heads + shape.num_kv_heads]
         if weights.whole_norms is not None:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 
 from baton import kernels
+from baton.kernels import Linear
 from baton.models.latent_config import LATENT_NORM_EPS
 from baton.models.layer_weights import LatentWeights
 from baton.models.layers import LatentAttention
 
-Adapted = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
-"""adapted(product, x, y): y, the product of x, with what adapters add to it."""
+Product = Callable[[str, Linear, torch.Tensor], torch.Tensor]
+"""product(name, linear, x): of x, with what adapters change of it."""
 
 
 def absorbed(
@@ -22,15 +23,14 @@ def absorbed(
     weights: LatentWeights,
     x: torch.Tensor,
     rotations: tuple[torch.Tensor, torch.Tensor],
-    adapted: Adapted,
+    product: Product,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [N, num_heads, latent_dim + rotated_dim], and what is cached, [N, 1, latent_dim + rotated_dim]; x
     [N, hidden]."""
-    dims, joined = shape.dims, adapted("qkv", x, weights.qkv(x))
+    dims, joined = shape.dims, product("qkv", weights.qkv, x)
     query, latent, key = joined.split((joined.shape[1] - dims.row_dim, dims.latent_dim, dims.rotated_dim), -1)
     if weights.query is not None and weights.query_norm is not None:
-        normed = kernels.rms_norm(query, weights.query_norm, LATENT_NORM_EPS)
-        query = adapted("query", normed, weights.query(normed))
+        query = product("query", weights.query, kernels.rms_norm(query, weights.query_norm, LATENT_NORM_EPS))
     heads = query.unflatten(-1, (shape.num_heads, dims.query_dim))
     latent = kernels.rms_norm(latent, weights.latent_norm, LATENT_NORM_EPS)
     row = torch.cat((latent[:, None], _rotated(key[:, None], dims.interleaved, rotations)), -1)

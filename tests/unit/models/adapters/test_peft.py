@@ -76,6 +76,12 @@ ADAPTERS = {
         {"pad_token_id": 0},
         {"target_modules": ["qkv_proj"], "use_dora": True},
     ),
+    "magnitudes (DoRA) beside biases": ("qwen2", {}, {"target_modules": ALL, "use_dora": True, "use_rslora": True}),
+    "magnitudes (DoRA) beside biases of what ranks sum": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        {"target_modules": ATTENTION, "use_dora": True},
+    ),
     "attention beside experts": (
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -293,6 +299,7 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("own norms, embedding", 2),
         ("merged projections", 2),
         ("magnitudes (DoRA)", 2),
+        ("magnitudes (DoRA) beside biases of what ranks sum", 2),
         ("attention beside experts", 2),
         ("shared experts, a dense layer", 2),
         ("latent attention, magnitudes (DoRA)", 2),
