@@ -26,12 +26,10 @@ from baton.benchmark.gpu.runners import (
     chat_lengths,
     given_formats,
     make_fallback,
-    make_runner,
     make_runners,
 )
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
-from baton.kernels.triton import linear_8bit_policy
 from baton.models.batch import Draw, Row
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.runner import CudaRunner
@@ -41,7 +39,6 @@ CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768
 WARM_STEPS, STEPS = 5, 25
 SLEEP_CYCLES = 4_000_000  # about 2 ms
 FALLBACK = "fallback"
-HEADS_LEAVE_CODES = "fp8_block, heads leave codes"
 GREEDY = SamplingSpec(max_tokens=1 << 20, temperature=0.0)
 
 
@@ -136,11 +133,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--fallback", action="store_true", help="the shape through transformers too, in turns; the line says fallback"
     )
-    parser.add_argument(
-        "--heads-leave-codes",
-        action="store_true",
-        help="fp8_block also with attention that puts its output into codes, in turns; such a line says so",
-    )
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
     parser.add_argument("--launches", action="store_true", help="with --breakdown: each launch of a step, too")
     options = parser.parse_args(argv)
@@ -155,13 +147,6 @@ def main(argv: Sequence[str]) -> int:
         pool = next(iter(runners.values()))[0]
         runners[FALLBACK, PLAIN] = pool, make_fallback(lines, options.shape, limits, pool, longest)
         weights[FALLBACK] = weights[PLAIN]  # as many bytes
-    if options.heads_leave_codes:
-        linear_8bit_policy.HEADS_LEAVE_CODES = True  # only captures ask: what was captured before stays as it is
-        for (of_weights, of_kv), (pool, _) in list(runners.items()):
-            if of_weights == "fp8_block":
-                runner = make_runner(lines, config, weights[of_weights], limits, pool, longest)
-                runners[HEADS_LEAVE_CODES, of_kv] = pool, runner
-                weights[HEADS_LEAVE_CODES] = weights[of_weights]
     profiled: list[step_breakdown.Profiled] = []
     for (name, contexts), ((quantization, kv_dtype), (pool, runner)) in product(cells.items(), runners.items()):
         values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization, "kv_dtype": kv_dtype}

@@ -30,14 +30,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
-from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights, store_heads
+from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
-from baton.kernels.triton.quantise import CodedRows, check_codes
 from baton.kernels.triton.softcap import bounded, limit_log2
 
 HEAD_BYTES, FP8_HEAD_BYTES = 256, 128  # of the heads that plans are made for; of larger ones fewer tiles are in flight
@@ -68,7 +66,7 @@ class DecodeScratch:
         )
 
 
-@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts", "out_scale_stride"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts"])
 def _decode_attention_kernel(
     query_ptr,
     pool_desc,
@@ -78,7 +76,6 @@ def _decode_attention_kernel(
     length_ptr,
     work_ptr,
     out_ptr,
-    out_scale_ptr,
     parts_ptr,
     softmax_ptr,
     arrived_ptr,
@@ -89,7 +86,6 @@ def _decode_attention_kernel(
     table_stride,
     window,
     num_parts,
-    out_scale_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -103,7 +99,6 @@ def _decode_attention_kernel(
     GROUP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SINKS: tl.constexpr,
-    LARGEST: tl.constexpr,
     TMA: tl.constexpr,
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
@@ -206,17 +201,14 @@ def _decode_attention_kernel(
             tl.store(place + GROUP, total, mask=computes)
             merge_by_the_last(
                 arrived_ptr + row * KV_HEADS + kv_head, parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM,
-                out_scale_ptr + kv_head * GROUP * out_scale_stride, out_scale_stride, first_part, first_chunk,
-                num_chunks, queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, AT_ONCE,
-                sink_ptr + kv_head * GROUP, SINKS, query_ptr.dtype.element_ty, LARGEST,
+                first_part, first_chunk, num_chunks, queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP,
+                GROUP_BLOCK, AT_ONCE, sink_ptr + kv_head * GROUP, SINKS,
             )  # fmt: skip
         else:
             if SINKS:
                 total += sink_weights(sink_ptr + kv_head * GROUP, each % GROUP, computes, top)
-            out_at = out_ptr + heads_at[:, None] + element[None, :]
-            scale_at = out_scale_ptr + (kv_head * GROUP + each % GROUP) * out_scale_stride + own_row
-            dtype: tl.constexpr = query_ptr.dtype.element_ty
-            store_heads(sums / total[:, None], out_at, scale_at, computes, inside, dtype, LARGEST)
+            result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + heads_at[:, None] + element[None, :], result, mask=inside)
 
 
 def decode_attention(
@@ -227,7 +219,7 @@ def decode_attention(
     lengths: torch.Tensor,
     plan: DecodePlan,
     scratch: DecodeScratch,
-    out: torch.Tensor | CodedRows,
+    out: torch.Tensor,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -235,8 +227,7 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales. Or
-    out [B, H * D] in codes with scales of runs, each a head: those that `quantise` makes of the plain output.
+    """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
     the pool. scratch.work is what decode_work.share_out made of the lengths and the plan; tables of rows that share_out
@@ -247,24 +238,18 @@ def decode_attention(
     num_rows, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
     pool.require_layer(layer)
-    require(pool.head_dim == head_dim, "query and pool differ in shape")
-    if isinstance(out, CodedRows):
-        run, scale_stride = check_codes(out, num_rows, num_heads * head_dim)
-        require(run == head_dim, f"scales of out {tuple(out.scales.shape)} are not of heads of {head_dim}")
-        values, out_scales, largest = out.codes, out.scales, LARGEST_CODE[out.codes.dtype]
-    else:
-        require(query.shape == out.shape and query.dtype == out.dtype, "query and out differ in shape or dtype")
-        values, out_scales, largest, scale_stride = out, scratch.softmax, 0.0, num_rows
+    require(query.shape == out.shape and pool.head_dim == head_dim, "query, out and pool differ in shape")
     require(num_heads % kv_heads == 0 and num_heads // kv_heads <= GROUP_ROWS, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
     require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
+    require(query.dtype == out.dtype, "query and out differ in dtype")
     pool.require_reads(query)
     require(block_tables.shape[0] == num_rows and lengths.shape == (num_rows,), "tables and lengths need a row each")
     require(block_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
     whole = sinks is None or (tuple(sinks.shape) == (num_heads,) and sinks.dtype == torch.float32)
     require(whole, "sinks must be float32 [H]")
-    for tensor in (query, lengths, values, sinks):
+    for tensor in (query, lengths, out, sinks):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     require(plan.queries <= queries_of(num_heads // kv_heads), f"{plan.queries} queries do not fit a program")
     parts = plan.num_parts * num_heads
@@ -283,8 +268,7 @@ def decode_attention(
         block_tables,
         lengths,
         scratch.work,
-        values,
-        out_scales,
+        out,
         scratch.parts,
         scratch.softmax,
         scratch.arrived,
@@ -295,7 +279,6 @@ def decode_attention(
         block_tables.stride(0),
         0 if window is None else window,
         plan.num_parts,
-        scale_stride,
     )
     shape = dict(
         HEADS=num_heads,
@@ -309,7 +292,6 @@ def decode_attention(
         GROUP_BLOCK=group_block,
         AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
         SINKS=sinks is not None,
-        LARGEST=largest,
         WINDOWED=window is not None,
         PDL=pdl,
         **launch_options(4, pdl, 1 + 2 * tiles),

@@ -24,7 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
-from baton.kernels.triton.quantise import codes_of, store_scales
 
 WEIGHT_UNIT = tl.constexpr(64.0)
 SMALLEST_UNIT = tl.constexpr(1e-37)
@@ -100,7 +99,7 @@ def _numbers(words, ASM: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts", "out_scale_stride"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts"])
 def decode_fp8_attention_kernel(
     query_ptr,
     words_desc,
@@ -109,7 +108,6 @@ def decode_fp8_attention_kernel(
     length_ptr,
     work_ptr,
     out_ptr,
-    out_scale_ptr,
     parts_ptr,
     softmax_ptr,
     arrived_ptr,
@@ -120,7 +118,6 @@ def decode_fp8_attention_kernel(
     table_stride,
     window,
     num_parts,
-    out_scale_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -132,7 +129,6 @@ def decode_fp8_attention_kernel(
     GROUP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SINKS: tl.constexpr,
-    LARGEST: tl.constexpr,
     WINDOWED: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -250,32 +246,15 @@ def decode_fp8_attention_kernel(
             tl.store(softmax_at + GROUP, all_weights, mask=computes)
             merge_by_the_last(
                 arrived_ptr + row * KV_HEADS + kv_head, parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM,
-                out_scale_ptr + kv_head * GROUP * out_scale_stride, out_scale_stride, first_part, first_chunk,
-                num_chunks, queries, row, following, HEADS * DIM, DIM, DIM, GROUP, GROUP_BLOCK, AT_ONCE,
-                sink_ptr + kv_head * GROUP, SINKS, query_ptr.dtype.element_ty, LARGEST,
+                first_part, first_chunk, num_chunks, queries, row, following, HEADS * DIM, DIM, DIM, GROUP,
+                GROUP_BLOCK, AT_ONCE, sink_ptr + kv_head * GROUP, SINKS,
             )  # fmt: skip
         else:
             out_at = out_ptr + heads_at[:, None] + element[None, :]
             if SINKS:
                 all_weights += sink_weights(sink_ptr + kv_head * GROUP, each % GROUP, computes, top)
             units = (unit_of_sums / all_weights)[:, None]
-            result_0 = (sums_0 * units).to(query_ptr.dtype.element_ty)
-            result_1 = (sums_1 * units).to(query_ptr.dtype.element_ty)
-            result_2 = (sums_2 * units).to(query_ptr.dtype.element_ty)
-            result_3 = (sums_3 * units).to(query_ptr.dtype.element_ty)
-            if LARGEST > 0.0:  # as store_heads
-                most = tl.maximum(
-                    tl.max(tl.abs(result_0.to(tl.float32)), 1), tl.max(tl.abs(result_1.to(tl.float32)), 1)
-                )
-                most = tl.maximum(most, tl.max(tl.abs(result_2.to(tl.float32)), 1))
-                most = tl.maximum(most, tl.max(tl.abs(result_3.to(tl.float32)), 1))
-                scales_at = out_scale_ptr + (kv_head * GROUP + each % GROUP) * out_scale_stride + own_row
-                factor = store_scales(most, scales_at, computes, LARGEST)[:, None]
-                result_0 = codes_of(result_0.to(tl.float32), factor, out_ptr)
-                result_1 = codes_of(result_1.to(tl.float32), factor, out_ptr)
-                result_2 = codes_of(result_2.to(tl.float32), factor, out_ptr)
-                result_3 = codes_of(result_3.to(tl.float32), factor, out_ptr)
-            tl.store(out_at, result_0, mask=inside)
-            tl.store(out_at + 1, result_1, mask=inside)
-            tl.store(out_at + 2, result_2, mask=inside)
-            tl.store(out_at + 3, result_3, mask=inside)
+            tl.store(out_at, (sums_0 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 1, (sums_1 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 2, (sums_2 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 3, (sums_3 * units).to(out_ptr.dtype.element_ty), mask=inside)

@@ -7,8 +7,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.quantise import codes_of, store_scales
-
 
 @triton.jit
 def sink_weights(sink_ptr, head, inside, top):
@@ -18,29 +16,15 @@ def sink_weights(sink_ptr, head, inside, top):
 
 
 @triton.jit
-def store_heads(values, place, scale_place, there, inside, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
-    """A head a row: values [R, D] rounded to DTYPE. LARGEST above 0: these numbers in codes as `quantise` has them, the
-    largest code being LARGEST, with a scale a head. place [R, D] and scale_place [R]: pointers; there [R], inside
-    [R, D]: which are stored."""
-    values = values.to(DTYPE)
-    if LARGEST > 0.0:
-        values = values.to(tl.float32)
-        factor = store_scales(tl.max(tl.abs(values), 1), scale_place, there, LARGEST)
-        values = codes_of(values, factor[:, None], place)
-    tl.store(place, values, mask=inside)
-
-
-@triton.jit
 def _merge_parts(
-    parts_ptr, softmax_ptr, out_ptr, scale_ptr, scale_stride, base, first, end, queries, row, following,
-    ROW_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, sink_ptr, SINKS: tl.constexpr, DTYPE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    sink_ptr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Writes a group's output for each query from the parts of chunks first .. end - 1: that of query q and chunk c is
     at base + q * end + c of the scratch. Parts of chunks that a query sees no token of weigh 0, and leave its bits as
-    they are. Query 0 is of row `row`, and query q of row following + q - 1. out_ptr, scale_ptr and
-    sink_ptr: of the group's first head. DTYPE, LARGEST: as store_heads has them."""
+    they are. Query 0 is of row `row`, and query q of row following + q - 1. sink_ptr: of
+    the group's first head."""
     head = tl.arange(0, GROUP_BLOCK)
     element = tl.arange(0, DIM_BLOCK)
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
@@ -72,18 +56,16 @@ def _merge_parts(
         if start + AT_ONCE >= end:
             own = tl.where(query == 0, row, following + query - 1)
             whole = total + sink_weights(sink_ptr, head, head < GROUP, bound) if SINKS else total
+            result = (merged / whole[:, None]).to(out_ptr.dtype.element_ty)
             out_at = out_ptr + own * ROW_STRIDE + head[:, None] * DIM + element[None, :]
-            stored = (head < GROUP)[:, None] & (element < DIM)[None, :]
-            scale_at = scale_ptr + head * scale_stride + own
-            store_heads(merged / whole[:, None], out_at, scale_at, head < GROUP, stored, DTYPE, LARGEST)
+            tl.store(out_at, result, mask=(head < GROUP)[:, None] & (element < DIM)[None, :])
 
 
 @triton.jit
 def merge_by_the_last(
-    arrived_ptr, parts_ptr, softmax_ptr, out_ptr, scale_ptr, scale_stride, base, first, end, queries, row, following,
+    arrived_ptr, parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following,
     ROW_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, sink_ptr, SINKS: tl.constexpr, DTYPE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, sink_ptr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Counts a program that has left its part, and sets the counter of the sequence and key head back to zero; the
     other arguments are those of _merge_parts."""
@@ -92,6 +74,6 @@ def merge_by_the_last(
     if before == end - first - 1:
         tl.store(arrived_ptr, 0)
         _merge_parts(
-            parts_ptr, softmax_ptr, out_ptr, scale_ptr, scale_stride, base, first, end, queries, row, following,
-            ROW_STRIDE, DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, AT_ONCE, sink_ptr, SINKS, DTYPE, LARGEST,
+            parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE, DIM, DIM_BLOCK,
+            GROUP, GROUP_BLOCK, AT_ONCE, sink_ptr, SINKS,
         )  # fmt: skip

@@ -20,10 +20,6 @@ GLUON_ROWS = {"fp8_row": 64, "int8_row": 64, "fp8_block": 8}
 """The most rows of which linear_8bit_gluon is ahead of linear_8bit, by format."""
 GROUPS = {"fp8_row": 1, "int8_row": 1, "fp8_block": 2}
 """Of four warps: with two, those of one block wait for its scales while the others multiply."""
-HEADS_LEAVE_CODES = False
-"""Whether decode attention puts its output into codes itself where a scale belongs to a head, or a launch of its own
-does: the same codes. No GPU has run the former: `scripts/bench decode --quantization fp8_block --heads-leave-codes` is
-to say whether it is ahead."""
 TILE_ROWS = 8, 16, 32, 64
 """Of x in a tile."""
 MOST_STAGES = 12

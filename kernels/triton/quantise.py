@@ -46,13 +46,6 @@ def codes_of(values, factor, codes_ptr):
 
 
 @triton.jit
-def store_scales(most, place, inside, LARGEST: tl.constexpr):
-    """Of runs whose largest magnitudes are `most`; returns what their values are multiplied by."""
-    tl.store(place, tl.div_rn(most, LARGEST), mask=inside)
-    return tl.div_rn(LARGEST, tl.maximum(most, SMALLEST))
-
-
-@triton.jit
 def store_codes(
     values, codes_ptr, scales_ptr, row, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -66,9 +59,11 @@ def store_codes(
         codes = codes_of(values, factor, codes_ptr)
     else:
         runs = tl.reshape(values, [BLOCK // RUN, RUN])
+        most = tl.max(tl.abs(runs), 1)
+        factor = tl.div_rn(LARGEST, tl.maximum(most, SMALLEST))
         run = tl.arange(0, BLOCK // RUN)
         scales = scales_ptr + run.to(tl.int64) * num_rows + row
-        factor = store_scales(tl.max(tl.abs(runs), 1), scales, run < WIDTH // RUN, LARGEST)
+        tl.store(scales, tl.div_rn(most, LARGEST), mask=run < WIDTH // RUN)
         codes = tl.reshape(codes_of(runs, factor[:, None], codes_ptr), [BLOCK])
     tl.store(codes_ptr + row * WIDTH + column, codes, mask=column < WIDTH)
 

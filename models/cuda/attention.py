@@ -18,7 +18,6 @@ from baton.kernels.triton import prefill_attention
 from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.pool import PagedPool
-from baton.kernels.triton.quantise import CodedRows
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
@@ -29,11 +28,6 @@ Sinks = Sequence[torch.Tensor | None]
 """Of each layer's query heads, float32 [H]; None: the layer has none."""
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
-
-AttendInCodes = Callable[[int, torch.Tensor, CodedRows], None]
-"""The same, with out [N, H * D] in codes, a scale for each head."""
-AttendRows = Callable[[int, torch.Tensor, torch.Tensor | CodedRows], None]
-"""Both."""
 
 ITEMS_A_MULTIPROCESSOR = 2
 """Up to so many items of the work list a program each is faster than programs that take items from a counter."""
@@ -55,10 +49,10 @@ def attend_rows(
     plan: DecodePlan,
     scratch: DecodeScratch,
     pdl: bool,
-) -> AttendRows:
+) -> Attend:
     """Attention of one new token a row; shapes and sinks: of each layer."""
 
-    def attend(layer: int, query: torch.Tensor, out: torch.Tensor | CodedRows) -> None:
+    def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
         shape = shapes[layer]
         decode_attention(
             query,

@@ -21,7 +21,7 @@ from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_writ
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_steps import AdapterSteps
-from baton.models.cuda.attention import Attend, AttendRows, attend_rows, grouped_shapes
+from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.experts import plan_experts
 from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import Policy, Products, shape_of
@@ -113,9 +113,7 @@ class DeviceDecoder:
     ) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row; with the rows' adapters."""
         attend = self.attend_rows(inputs, plan, scratch, pdl)
-        in_codes = self._attend_rows(inputs, plan, scratch, pdl) if self._latent is None else None
-        tokens = inputs.tokens, inputs.positions, inputs.kv_slots
-        step = Step(*tokens, attend, pdl=pdl, adapters=adapters, attend_in_codes=in_codes)
+        step = Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
         normed = self._layers(step)
         assert normed is not None, "all rows draw"
         return self._logits(normed, pdl, None if adapters is None else adapters.adapters)
@@ -124,10 +122,6 @@ class DeviceDecoder:
         """Attention of one new token a row."""
         if self._latent is not None:
             return self._latent.attend_rows(self._bound(), inputs, plan, scratch, pdl)
-        return self._attend_rows(inputs, plan, scratch, pdl)
-
-    def _attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> AttendRows:
-        """The same, of keys and values that are not latent."""
         shapes = grouped_shapes(layer.shape for layer in self._weights.layers)
         return attend_rows(shapes, self._weights.sinks, self._bound(), inputs, plan, scratch, pdl)
 

@@ -19,7 +19,7 @@ from baton.kernels.triton.rank_words import RankInbox
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.whole_norm import whole_norm
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import Attend, AttendInCodes
+from baton.models.cuda.attention import Attend
 from baton.models.cuda.experts import ExpertBlocks
 from baton.models.cuda.products import PADDING, Rows, plain
 from baton.models.cuda.step_products import StepProducts
@@ -89,8 +89,6 @@ class Step:
     """The tokens, by number (int32), that are computed behind the last layer's attention; None: all."""
     pdl: bool = False
     adapters: AdapterRows | None = None
-    attend_in_codes: AttendInCodes | None = None
-    """As `attend`; None: it cannot."""
 
 
 class StepOps:
@@ -145,14 +143,10 @@ class StepOps:
         drawn = self._step.drawn if index == self._last else None
         if drawn is not None and not len(drawn):
             return None
-        o, in_codes = layer.attention.o, self._step.attend_in_codes
-        if in_codes is not None and (codes := self._products.codes_of_heads(o, *self._attended.shape[::2])) is not None:
-            in_codes(index, self._query, codes)
-            return self._products(index, "o", o, codes, self._mixed)
         self._step.attend(index, self._query, self._attended)
         if drawn is not None:
             self._keep(drawn)
-        return self._products(index, "o", o, self._flat, self._mixed)
+        return self._products(index, "o", layer.attention.o, self._flat, self._mixed)
 
     def _keep(self, drawn: torch.Tensor) -> None:
         """From now on the step has these of its tokens."""

@@ -10,7 +10,6 @@ import torch
 from baton.kernels import Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AddedProduct
-from baton.kernels.triton.quantise import CodedRows
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.products import Products, Rows, plain
 
@@ -34,9 +33,6 @@ class StepProducts:
     def codes_for(self, reader: Linear, num_rows: int) -> Rows | None:
         """As Products; adapters multiply plain rows."""
         return self._products.codes_for(reader, num_rows) if self._rows is None else None
-
-    def codes_of_heads(self, reader: Linear, num_rows: int, head_dim: int) -> CodedRows | None:
-        return self._products.codes_of_heads(reader, num_rows, head_dim) if self._rows is None else None
 
     def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
         """name: as BankLayout has it."""

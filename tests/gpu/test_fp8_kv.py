@@ -61,14 +61,6 @@ def test_decode_attention(heads, block_tokens, scales):
     checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, 100, False, scales)
 
 
-@pytest.mark.parametrize("scales", ["none", "token", "static"])
-@pytest.mark.parametrize("pdl", [False, True])
-def test_heads_in_codes(scales, pdl):
-    """Guards the codes of attention, over plain KV too, against those of a launch of its own."""
-    for plan in (DecodePlan(20, 5, chunk_tokens=1024, queries=2), DecodePlan(90, 5, 9, queries=2)):
-        checks.check_heads_in_codes(GPU, LLAMA_8B, [700, 1, 64, 333, 1024], plan, scales, pdl)
-
-
 @pytest.mark.parametrize("block_tokens", [16, 64, 128])
 @pytest.mark.parametrize("heads", [LLAMA_8B, QWEN_05B, checks.Heads(16, 1, 256)])
 @pytest.mark.parametrize("scales", ["token", "static"])

@@ -69,12 +69,6 @@ class Products:
         products = self._scaled.get(reader.weight_format)
         return None if products is None else products.codes_for(reader, num_rows)
 
-    def codes_of_heads(self, reader: Linear, num_rows: int, head_dim: int) -> CodedRows | None:
-        """Where heads of attention belong that `reader` multiplies next; None: it wants them plain, or attention cannot
-        put them into codes."""
-        products = self._scaled.get(reader.weight_format)
-        return None if products is None else products.codes_of_heads(reader, num_rows, head_dim)
-
     def __call__(
         self, weights: Linear, x: Rows, out: torch.Tensor, added: AddedProduct | None = None, *, pdl: bool
     ) -> torch.Tensor:

@@ -71,12 +71,6 @@ class ScaledProducts:
         padded = -(-num_rows // PADDING) * PADDING
         return CodedRows(codes, self._scales[: padded * (k // self._run)].view(-1, padded))
 
-    def codes_of_heads(self, reader: Linear, num_rows: int, head_dim: int) -> CodedRows | None:
-        """The same of what attention makes, if it should leave codes and a scale is that of one head."""
-        if self._run != head_dim or not linear_8bit_policy.HEADS_LEAVE_CODES:
-            return None
-        return self.codes_for(reader, num_rows)
-
     def __call__(self, weights: Linear, x: torch.Tensor | CodedRows, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         m, shape = len(out), shape_of(weights)
         tiles = self._policy(m, shape)

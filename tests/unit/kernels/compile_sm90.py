@@ -201,21 +201,16 @@ def decode(
     dtype=torch.bfloat16,
     scales: Scales = "none",
     sinks: bool = False,
-    coded: bool = False,
 ) -> None:
     from baton.kernels.triton import decode_attention as module
     from baton.kernels.triton.decode_plan import DecodePlan
-    from baton.kernels.triton.quantise import CodedRows
 
     rows, plan = 8, DecodePlan(*plan)
     query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
     scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
     paged, tables = pool(kv_heads, block_tokens, dim, dtype, scales), empty(rows, 64, dtype=torch.int32)
     extra = {"sinks": empty(heads, dtype=torch.float32)} if sinks else {}
-    out = query
-    if coded:
-        out = CodedRows(empty(rows, heads * dim, dtype=torch.float8_e4m3fn), empty(heads, rows, dtype=torch.float32))
-    module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, out, pdl=pdl, **extra)
+    module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, query, pdl=pdl, **extra)
 
 
 def share_out() -> None:
@@ -719,10 +714,6 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8_decode_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True, scales="token"),
     "fp8_decode_page64_deepest": lambda: decode(32, 8, 128, 64, DEEPEST, pdl=True, scales="token"),
     "fp8_decode_page16_parts": lambda: decode(32, 8, 128, 16, PARTS, scales="token"),
-    "coded_decode_page64": lambda: decode(32, 8, 128, 64, WHOLE, pdl=True, coded=True),
-    "coded_decode_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True, coded=True),
-    "coded_decode_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True, coded=True),
-    "coded_decode_page64_fp8": lambda: decode(32, 8, 128, 64, DEEP, pdl=True, scales="token", coded=True),
     "fp8_static_decode_page64": lambda: decode(32, 8, 128, 64, WHOLE, scales="static"),
     "fp8_prefill_page64": lambda: prefill(32, 8, 128, 64, scales="token"),
     "fp8_prefill_page16": lambda: prefill(32, 8, 128, 16, scales="token"),

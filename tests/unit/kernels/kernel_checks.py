@@ -28,7 +28,6 @@ from baton.kernels.triton import (
     linear_policy,
     norm,
     prefill_attention,
-    quantise,
     rope_write,
     sampling,
     step_inputs,
@@ -421,44 +420,6 @@ def check_decode_attention(
     assert torch.equal(outs[0], outs[1]), "the same inputs gave other bits"
     assert not bool(scratch.arrived.any()), "a counter was not set back"
     return outs[0]
-
-
-def check_heads_in_codes(
-    device: str, heads: Heads, lengths: list[int], plan: decode_plan.DecodePlan, scales: Scales, pdl: bool = False
-) -> None:
-    """Heads of 128 in codes are those of the plain output put into codes, bit for bit: of the sequences, of the next
-    token but one of the first, which is read together with it, and of no row of padding."""
-    count, width = len(lengths) + 2, heads.query * heads.dim
-    paged = Paged.make(device, torch.bfloat16, heads, lengths, 64, scales)
-    query, sinks = randn((count, heads.query, heads.dim), torch.bfloat16, device), some_sinks(heads.query, device)
-    query[:, 0] = 0.0  # equal weights
-    held, queries, following = (
-        torch.tensor(values, dtype=torch.int32, device=device)
-        for values in (
-            [lengths[0] - 1, *lengths[1:], lengths[0], 0],
-            [2] + [1] * (len(lengths) - 1) + [0, 0],
-            [len(lengths)] * count,
-        )
-    )
-    tables = torch.cat((paged.tables, paged.tables[:1], paged.tables[:1]))
-    scratch = decode_attention.DecodeScratch.make(count, plan.num_parts, heads.query, heads.key, heads.dim, device)
-    decode_work.share_out(held, plan, scratch.work, queries, following)
-    plain = torch.zeros_like(query)
-    expected, found = (
-        quantise.CodedRows(
-            torch.zeros(count, width, dtype=torch.float8_e4m3fn, device=device),
-            torch.zeros(heads.query, count + 3, device=device),
-        )
-        for _ in range(2)
-    )
-    for out in (plain, found):
-        decode_attention.decode_attention(
-            query, paged.pool, 1, tables, held, plan, scratch, out, window=100, sinks=sinks, pdl=pdl
-        )
-    quantise.quantise(plain.view(count, width), expected)
-    assert bool((expected.scales[:, : count - 1] > 0).all()), "a row was not written"
-    assert torch.equal(found.codes.view(torch.int8), expected.codes.view(torch.int8))
-    assert torch.equal(found.scales, expected.scales)
 
 
 def check_queries_together(

@@ -13,7 +13,6 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.kernels.triton import decode_attention, decode_work
 from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.pool import PagedPool
-from baton.kernels.triton.quantise import CodedRows
 from baton.tests.unit.kernels import kernel_checks as checks
 
 WHOLE = DecodePlan(5, 3, chunk_tokens=256)
@@ -55,26 +54,6 @@ def test_shapes(device, heads, block_tokens):
 def test_window(device, plan, window):
     """Guards against a window that is off by one, and merged parts of chunks before it, which were never written."""
     checks.check_decode_attention(device, torch.float32, checks.Heads(2, 1, 64), [30, 150, 192], 16, plan, window)
-
-
-@pytest.mark.parametrize("plan", [DecodePlan(6, 3, chunk_tokens=256, queries=2), DecodePlan(20, 3, 4, queries=2)])
-@pytest.mark.parametrize("scales", ["none", "token"])
-def test_heads_in_codes(device, plan, scales):
-    """Guards against a code or scale that a launch of its own would not make: of a head not rounded before, of another
-    row, of what one program leaves whole, and of what the last one merges."""
-    checks.check_heads_in_codes(device, checks.Heads(6, 2, 128), [150, 64, 1], plan, scales)
-
-
-def test_codes_of_other_runs_than_heads_are_refused(device):
-    """Guards against scales of rows, and of runs that are parts of heads."""
-    heads, plan = checks.Heads(2, 1, 64), WHOLE
-    paged, query = checks.Paged.make(device, torch.bfloat16, heads, [5], 64, "none"), torch.zeros(1, 2, 64)
-    scratch = decode_attention.DecodeScratch.make(1, plan.num_chunks, 2, 1, 64, device)
-    held = torch.tensor([5], dtype=torch.int32, device=device)
-    for shape in ((1,), (1, 4)):
-        out = CodedRows(torch.zeros(1, 128, dtype=torch.float8_e4m3fn), torch.zeros(shape))
-        with pytest.raises(ValueError, match="scales of out"):
-            decode_attention.decode_attention(query.bfloat16(), paged.pool, 0, paged.tables, held, plan, scratch, out)
 
 
 @pytest.mark.parametrize("plan", [WHOLE, PIECES])

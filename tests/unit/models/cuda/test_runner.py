@@ -7,14 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.triton import linear_8bit_policy
-from baton.kernels.triton.quantise import quantise as quantise_rows
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import Policy, fastest, invariant, scaled, untuned
+from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
@@ -129,33 +127,6 @@ def test_steps_in_codes_give_the_logits_of_a_fake_quantised_forward(make_model, 
         # A sum in another order may round an input to the code beside: a whole step of it.
         assert (ours - of_codes).norm() < 0.5 * (ours - exact).norm()
         assert (ours - of_codes).norm() / exact.norm() < 0.01
-
-
-def test_heads_in_codes_change_no_token(make_model, monkeypatch):
-    """Guards against a captured step that reads the codes of another product, and one that still quantises heads."""
-    shape = WIDE | {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}
-    folder = make_model("llama", **shape).folder
-    config, launches, found = ModelConfig.from_folder(folder), [0], []
-    weights = load_weights(config, folder, torch.float32, pack=False, recipe=RECIPES["fp8_block"], keep_quantised=True)
-
-    def counted(*given, **named) -> None:
-        launches[-1] += 1
-        quantise_rows(*given, **named)
-
-    monkeypatch.setattr(scaled, "quantise", counted)
-    for leave in (False, True):
-        monkeypatch.setattr(linear_8bit_policy, "HEADS_LEAVE_CODES", leave)
-        late = CudaRunner(config, weights, LateQueue(), StepLimits(2, 64, 1), 512)
-        late.bind_pool(torch.zeros(24, 1, 1, 2, BLOCK, 128), 96)
-        run = Ahead(late)
-        run.start(0, PROMPTS[2], TABLES[2])
-        run.start(1, PROMPTS[1], TABLES[1])
-        launches.append(0)
-        for _ in range(2):
-            run.launch([0, 1])
-        found.append((run.generated(0), run.generated(1)))
-    _, by_launch, by_heads = launches
-    assert found[0] == found[1] and by_heads < by_launch, (found, launches)
 
 
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
