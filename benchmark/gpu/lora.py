@@ -4,6 +4,8 @@
 `ratio` is to the step without adapters that ran beside it, the median of all turns. `filled_slot`: from RAM to a slot,
 alone and beside steps, and what it adds to them. `traffic`: tokens a second of requests with adapters drawn from many,
 evenly and by Zipf's law, whose slots are filled as they come; `ratio` is to the same requests without adapters.
+`adapted_mixed_step`: such a step in which the last row is a prompt, launched op by op; `host_ms` is its launch.
+`breakdown`, with --breakdown: what a layer's time goes to (adapter_breakdown).
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
 
-from baton.benchmark.gpu.decode import GREEDY, DecodeBatch, blocks_for, gpu_ms, step_ms
+from baton.benchmark.gpu.adapter_breakdown import report
+from baton.benchmark.gpu.decode import GREEDY, DecodeBatch, blocks_for, gpu_ms, step, step_ms
 from baton.benchmark.gpu.runners import (
     BLOCK_TOKENS,
     PLAIN,
@@ -29,6 +33,7 @@ from baton.benchmark.gpu.runners import (
     make_runner,
     random_pool,
 )
+from baton.benchmark.gpu.step_breakdown import PASSES
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts, adapted_products
@@ -78,6 +83,15 @@ class FillingBatch(DecodeBatch):
         return super().rows()
 
 
+class MixedBatch(DecodeBatch):
+    """The last row is a prompt that begins anew in each step."""
+
+    def rows(self) -> list[Row]:
+        *decoding, last = super().rows()
+        prompt = last._replace(token_ids=[1000] * PROMPT, start=0, draw=Draw(GREEDY, (), PROMPT, 0))
+        return [*decoding, prompt]
+
+
 def steps(lines: JsonLines, runner: CudaRunner, pool: RandomKv, cells: str, context: int, turns: int) -> None:
     for cell in cells.split(","):
         rows, adapters = map(int, cell.split("x"))
@@ -105,6 +119,37 @@ def steps(lines: JsonLines, runner: CudaRunner, pool: RandomKv, cells: str, cont
             adapted_gpu_ms=round(ours_gpu, 3),
             gpu_ratio=round(statistics.median(each[3] / each[2] for each in found), 3),
         )
+
+
+def mixed_steps(lines: JsonLines, runner: CudaRunner, pool: RandomKv, cells: str, context: int) -> None:
+    for cell in cells.split(","):
+        rows, adapters = map(int, cell.split("x"))
+        values: dict[str, float] = {}
+        for name, count in (("base", 0), ("adapted", adapters)):
+            batch = partial(MixedBatch, [context] * rows, pool.num_blocks, num_adapters=count)
+            wall, host = step_ms(runner, batch())
+            values |= {f"{name}_ms": wall, f"{name}_gpu_ms": gpu_ms(runner, batch()), f"{name}_host_ms": host}
+        rounded = {name: round(value, 3) for name, value in values.items()}
+        lines.put("adapted_mixed_step", rows=rows, adapters=adapters, prompt=PROMPT, context=context, **rounded)
+
+
+def breakdown(
+    lines: JsonLines, runner: CudaRunner, pool: RandomKv, kinds: dict[type[DecodeBatch], str], context: int
+) -> None:
+    """Of the cells of each kind of step, with adapters and without. Call it last."""
+    found: list[tuple[dict[str, object], Callable[[], object]]] = []
+    for kind, cells in kinds.items():
+        for cell in cells.split(","):
+            rows, adapters = map(int, cell.split("x"))
+            for count in (0, adapters):
+                batch = kind([context] * rows, pool.num_blocks, PASSES, count)
+                values: dict[str, object] = {
+                    "rows": rows,
+                    "adapters": count,
+                    "step": "mixed" if kind is MixedBatch else "decode",
+                }
+                found.append((values, partial(step, runner, batch)))
+    report(lines, runner.queue, runner.config.num_layers, found)
 
 
 def fills(
@@ -181,7 +226,7 @@ def traffic(
     tokens, began_at = 0, time.perf_counter()
     while time.perf_counter() - began_at < s:
         now = {each.adapter for each in running if each.adapter is not None}
-        step: list[Row] = []
+        rows_of_step: list[Row] = []
         prompts = 0
         for slot, request in enumerate(running):
             place = None
@@ -197,15 +242,15 @@ def traffic(
             done = ANSWER - request.left
             draw = Draw(GREEDY, (), PROMPT, done)
             given = [1000 + slot] * PROMPT if request.computed == 0 else []
-            step.append(Row(given, request.computed, table, draw, slot, adapter=place))
+            rows_of_step.append(Row(given, request.computed, table, draw, slot, adapter=place))
             request.computed += len(given) or 1
             request.left -= 1
             if request.left == 0:
                 running[slot] = Request(next(names))
-        if step:
-            in_flight.append(runner.launch(step))
-            tokens += len(step)
-        if in_flight and (not step or len(in_flight) > runner.run_ahead):
+        if rows_of_step:
+            in_flight.append(runner.launch(rows_of_step))
+            tokens += len(rows_of_step)
+        if in_flight and (not rows_of_step or len(in_flight) > runner.run_ahead):
             in_flight.popleft().read()
         before = now
     for launched in in_flight:
@@ -237,6 +282,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--turns", type=int, default=3, help="of each cell, and of each kind of traffic")
     parser.add_argument("--adapters", type=int, default=1000, help="adapters of the traffic")
     parser.add_argument("--traffic-s", type=float, default=4.0, help="of each kind and turn; 0: none")
+    parser.add_argument("--mixed-cells", default="64x64,64x1", help="as --cells, of steps with a prompt; empty: none")
+    parser.add_argument("--breakdown", action="store_true", help="what a layer's time goes to, with the profiler")
     parser.add_argument("--deterministic", action="store_true", help="steps whose result does not depend on the batch")
     parser.add_argument("--quantization", default=PLAIN, choices=QUANTIZATIONS, help="format of the weights")
     options = parser.parse_args(argv)
@@ -257,6 +304,8 @@ def main(argv: Sequence[str]) -> int:
     while not filled.done:
         pass
     steps(lines, runner, pool, options.cells, options.context, options.turns)
+    if options.mixed_cells:
+        mixed_steps(lines, runner, pool, options.mixed_cells, options.context)
     fills(lines, runner, pool, images, options.context)
     if options.traffic_s:
         kinds: dict[str, Callable[[int], Iterator[int | None]]] = {
@@ -271,6 +320,11 @@ def main(argv: Sequence[str]) -> int:
                 rates[kind].append(rate)
                 ratio = round(rate / rates["base"][-1], 3)
                 lines.put("traffic", kind=kind, rows=64, tokens_s=round(rate), fills=num_fills, ratio=ratio)
+    if options.breakdown:
+        kinds_of_steps: dict[type[DecodeBatch], str] = {DecodeBatch: options.cells}
+        if options.mixed_cells:
+            kinds_of_steps[MixedBatch] = options.mixed_cells
+        breakdown(lines, runner, pool, kinds_of_steps, options.context)
     return 0
 
 
