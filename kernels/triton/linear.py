@@ -7,7 +7,7 @@ W is [N, K] as in the checkpoint, x [M, K]. Two kernels; `linear_policy` says wh
   * One row: W streams through registers.
 fused: W is [gate; up], [2 N, K], and y = silu(gate) * up (or gelu_tanh), so that the wide product never reaches memory.
 added: [M, N] that the first split adds to some rows, such as what adapters add (`low_rank`). It is asked for before W
-and used last.
+and used last; or, if it is late, the kernel waits for it behind the sum alone.
 K is summed in steps of 16 in one order whatever the tiles, so with one number of splits a row's bits are the same for
 every M (checked on an H200). With pdl the first columns of W are asked for before the kernel before has ended: weights
 do not depend on it. Bytes: W, N * K * element size (twice that when fused).
@@ -44,7 +44,7 @@ def _linear_rows_kernel(
     x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, num_rows, N: tl.constexpr,
     K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, SPLITS: tl.constexpr,
     FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr, ADDED: tl.constexpr,
-    PDL: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0) * TILE_M
     first_n = tl.program_id(1) * TILE_N
@@ -57,12 +57,13 @@ def _linear_rows_kernel(
         added_place = added_ptr + m[None, :].to(tl.int64) * (2 * N if FUSED else N) + n[:, None]
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH > 0:
-            prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
-            if FUSED:
-                prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
-        gdc_wait()
-    if ADDED:
+        if not LATE:
+            if PREFETCH > 0:
+                prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+                if FUSED:
+                    prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+            gdc_wait()
+    if ADDED and not LATE:
         added = tl.load(added_place, mask=adds[None, :], other=0.0)
         if FUSED:
             up_added = tl.load(added_place + N, mask=adds[None, :], other=0.0)
@@ -73,10 +74,6 @@ def _linear_rows_kernel(
             x = x_desc.load([first_m, k])
             total = tl.dot(weight_desc.load([first_n, k]), x.T, total, input_precision="ieee")
             up = tl.dot(weight_desc.load([N + first_n, k]), x.T, up, input_precision="ieee")
-        if ADDED:
-            total += added.to(tl.float32)
-            up += up_added.to(tl.float32)
-        total = activated(total, GELU) * up
     else:
         for k in tl.range(first_k, first_k + K // SPLITS, TILE_K):
             x = x_desc.load([first_m, k])
@@ -84,8 +81,18 @@ def _linear_rows_kernel(
         if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
             if split == 0:
                 total += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-        if ADDED:
-            total += added.to(tl.float32)
+    if LATE:
+        if PDL:
+            gdc_wait()
+        added = tl.load(added_place, mask=adds[None, :], other=0.0)
+        if FUSED:
+            up_added = tl.load(added_place + N, mask=adds[None, :], other=0.0)
+    if ADDED:
+        total += added.to(tl.float32)
+        if FUSED:
+            up += up_added.to(tl.float32)
+    if FUSED:
+        total = activated(total, GELU) * up
     place = out_ptr + split.to(tl.int64) * num_rows * N + m[None, :].to(tl.int64) * N + n[:, None]
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(m < num_rows)[None, :])
 
@@ -115,7 +122,7 @@ def row_product(x_ptr, place, up_place, weight, up_weight, K: tl.constexpr, TILE
 def _linear_row_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, N: tl.constexpr, K: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-    ADDED: tl.constexpr, PDL: tl.constexpr,
+    ADDED: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     column = tl.arange(0, TILE_K)
@@ -127,12 +134,19 @@ def _linear_row_kernel(
         adds = tl.load(adapters_ptr) >= 0
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    if ADDED:
+        if not LATE:
+            gdc_wait()
+    if ADDED and not LATE:
         added = tl.load(added_ptr + n, mask=(n >= 0) & adds, other=0.0)
         if FUSED:
             up_added = tl.load(added_ptr + N + n, mask=(n >= 0) & adds, other=0.0)
     result, other = row_product(x_ptr, place, up_place, weight, up_weight, K, TILE_K, FUSED)
+    if LATE:
+        if PDL:
+            gdc_wait()
+        added = tl.load(added_ptr + n, mask=(n >= 0) & adds, other=0.0)
+        if FUSED:
+            up_added = tl.load(added_ptr + N + n, mask=(n >= 0) & adds, other=0.0)
     if ADDED:
         result += added.to(tl.float32)
     if FUSED:
@@ -174,7 +188,7 @@ def linear(
     if num_rows == 0:
         return
     sums = weight if bias is None else bias
-    values, adapters = (x, x) if added is None else (added.values, added.adapters)
+    values, adapters, late = (x, x, False) if added is None else (added.values, added.adapters, added.late)
     if added is not None:
         require(tuple(values.shape) == (num_rows, len(weight)) and values.is_contiguous(), "added of another shape")
         require(tuple(adapters.shape) == (num_rows,), "added of other rows")
@@ -182,7 +196,8 @@ def linear(
         require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
         _linear_row_kernel[(n // tiles.tile_n,)](
             x, weight, sums, out, values, adapters, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused,
-            GELU=gelu, BIAS=bias is not None, ADDED=added is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
+            GELU=gelu, BIAS=bias is not None, ADDED=added is not None, LATE=late, PDL=pdl,
+            **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
     _linear_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
@@ -190,6 +205,6 @@ def linear(
         TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
         weight, sums, out, values, adapters, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
         TILE_M=tiles.tile_m, SPLITS=tiles.splits, FUSED=fused, GELU=gelu, BIAS=bias is not None,
-        PREFETCH=tiles.prefetch, ADDED=added is not None, PDL=pdl,
+        PREFETCH=tiles.prefetch, ADDED=added is not None, LATE=late, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

@@ -7,6 +7,12 @@ t = A x of items of rows (adapter_rows), float32 sums of fixed parts of K, which
 which then adds it (`linear`); t is rounded to the bank's dtype before. Few programs go through the items in turn, so
 that a step of few adapters launches no more than one of many.
 A row's bits depend on neither its neighbours nor their number. Bytes: A and B of each adapter in the step, once.
+
+Early launches, `beside`: shrink lets the launch behind it begin once its own wait for x is over. So x is there when
+expand and then the product begin, and the product (`late`) waits only before it adds: both run beside it.
+    x -> shrink -> expand -.
+    x -> product ----------+-> adds
+Else each of the three waits for the one before.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -25,9 +31,32 @@ from baton.kernels.triton.launch import launch_options, require
 
 RANK_STEP = 16
 FEW_ROWS = 256
-"""Up to so many rows, K is split."""
-SHRINK_ITEMS, EXPAND_ITEMS = 32, 16
-"""Programs that go through the items, for each part of a matrix."""
+
+
+class Cut(NamedTuple):
+    """How much of the work a program has."""
+
+    split_rows: int
+    """Up to so many rows, K is split."""
+    shrink_items: int
+    """Programs that go through the items of FEW_ROWS rows or fewer, for each part of A."""
+    expand_items: int
+    """The same for each tile of B."""
+    more_items: int
+    """So many times as many programs go through the items of more rows."""
+    expand_numbers: int
+    """Of a tile of B, if that is more than 128 outputs."""
+
+    def programs(self, rows: AdapterRows, of_few: int) -> int:
+        """That go through the items."""
+        return min(len(rows.items), of_few if len(rows.order) <= FEW_ROWS else self.more_items * of_few)
+
+
+NARROW, WIDE = Cut(256, 32, 16, 1, 0), Cut(2048, 32, 64, 8, 8192)
+CUT = NARROW
+"""WIDE has more bytes on their way, and fewer items one behind another; no GPU has run it."""
+BESIDE = False
+"""Whether products of plain weights begin beside what adapters add; no GPU has run it."""
 MOST_PARTS = 3
 """Products of a site that read the same x and were put together: query, key and value."""
 
@@ -62,6 +91,8 @@ class AddedRows:
 
     values: torch.Tensor  # [M, N]
     adapters: torch.Tensor  # int32 [M]: below 0, the row's values are not defined and nothing is added
+    late: bool = False
+    """Whether the product waits only for these, and last: all else that it reads is there when it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +104,8 @@ class AddedProduct:
     rows: AdapterRows
     hidden: torch.Tensor  # float32 [splits, M, parts * max_rank]: t; what no item computes is not defined
     memory: torch.Tensor  # of the bank's dtype, for `apart`
+    beside: bool = False
+    """Whether what is launched behind begins once x is there."""
 
     @property
     def fits_apart(self) -> bool:
@@ -83,12 +116,12 @@ class AddedProduct:
         shape = len(self.rows.adapters), self.site.ends[-1]
         values = self.memory[: shape[0] * shape[1]].view(shape)
         expand(self, values, add=False, pdl=pdl)
-        return AddedRows(values, self.rows.adapters)
+        return AddedRows(values, self.rows.adapters, self.beside)
 
 
 def splits_of(num_inputs: int, num_rows: int, *, deterministic: bool) -> int:
     """Parts of K: so many that few rows occupy the GPU, and if deterministic the same for all numbers of rows."""
-    if num_rows > FEW_ROWS and not deterministic:
+    if num_rows > CUT.split_rows and not deterministic:
         return 1
     wanted = 16 if num_inputs > 8192 else 8
     return next(count for count in (wanted, 8, 4, 2, 1) if num_inputs % (count * RANK_STEP) == 0 or count == 1)
@@ -105,12 +138,27 @@ def prefetch_rows(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: 
     )
 
 
+@triton.jit
+def load_item(
+    items_ptr, order_ptr, ranks_ptr, number, num_items, site, SITES: tl.constexpr, ITEM_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Slot, rank and rows of an item, and which of the rows there are; past the last: rank 0 and no row."""
+    item = items_ptr + number * COLUMNS
+    slot = tl.load(item, mask=number < num_items, other=0)
+    first = tl.load(item + 1, mask=number < num_items, other=0)
+    there = tl.arange(0, ITEM_ROWS) < tl.load(item + 2, mask=number < num_items, other=0)
+    rank = tl.load(ranks_ptr + slot * SITES + site, mask=number < num_items, other=0)
+    row = tl.load(order_ptr + first + tl.arange(0, ITEM_ROWS), mask=there, other=0)
+    return slot.to(tl.int64), tl.multiple_of(rank, 16), row, there
+
+
 @triton.jit(do_not_specialize=["num_rows", "site", "a_offset"])
 def _shrink_ranks_kernel(
     x_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, hidden_ptr, num_rows, site, a_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr,
     WIDTH: tl.constexpr, TILE_K: tl.constexpr, ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK_STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    RANK_STEP: tl.constexpr, PREFETCH: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Items, ranks and matrices were written before the chain of early launches began."""
     first_item = tl.program_id(0)
@@ -120,27 +168,27 @@ def _shrink_ranks_kernel(
     first_r = block % (MAX_RANK // RANK_STEP) * RANK_STEP
     SHARE: tl.constexpr = K // SPLITS
     num_items = tl.load(items_ptr + 3)
-    if PDL:
+    if PDL and not BESIDE:
         gdc_launch_dependents()
+    slot, rank, row, there = load_item(
+        items_ptr, order_ptr, ranks_ptr, first_item, num_items, site, SITES, ITEM_ROWS, COLUMNS
+    )
+    if PDL:
         if PREFETCH:  # noqa: SIM102 - known when compiling, the next one is not
-            if first_item < num_items:
-                slot = tl.load(items_ptr + first_item * COLUMNS)
-                rank = tl.load(ranks_ptr + slot * SITES + site)
-                if first_r < rank:
-                    matrix = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * a_offset
-                    prefetch_rows(matrix + (part * rank + first_r) * K + split * SHARE, K, RANK_STEP, PREFETCH, 64)
-        gdc_wait()
+            if first_r < rank:
+                matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * a_offset
+                prefetch_rows(matrix + (part * rank + first_r) * K + split * SHARE, K, RANK_STEP, PREFETCH, 64)
+        if BESIDE:
+            if (first_item < num_items) | (first_item + block + split == 0):  # one always, so that x is there
+                gdc_wait()
+                gdc_launch_dependents()
+        else:
+            gdc_wait()
     r = tl.arange(0, RANK_STEP)
-    place = tl.arange(0, ITEM_ROWS)
     column = tl.arange(0, TILE_K)
     for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
-        item = items_ptr + number * COLUMNS
-        slot = tl.load(item)
-        rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), RANK_STEP)
-        there = place < tl.load(item + 2)
-        row = tl.load(order_ptr + tl.load(item + 1) + place, mask=there, other=0)
         if first_r < rank:
-            matrix = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * a_offset
+            matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * a_offset
             a_place = matrix + (part * rank + first_r + r[:, None]) * K + split * SHARE + column[None, :]
             x_place = x_ptr + row.to(tl.int64)[:, None] * K + split * SHARE + column[None, :]
             total = tl.zeros([RANK_STEP, ITEM_ROWS], tl.float32)
@@ -150,6 +198,10 @@ def _shrink_ranks_kernel(
                 total = tl.dot(a, x.T, total, input_precision="ieee")
             target = hidden_ptr + (split * num_rows + row).to(tl.int64)[None, :] * WIDTH
             tl.store(target + part * MAX_RANK + first_r + r[:, None], total, mask=there[None, :])
+        following = number + tl.num_programs(0)
+        slot, rank, row, there = load_item(
+            items_ptr, order_ptr, ranks_ptr, following, num_items, site, SITES, ITEM_ROWS, COLUMNS
+        )
 
 
 def shrink(
@@ -160,9 +212,10 @@ def shrink(
     hidden: torch.Tensor,
     memory: torch.Tensor,
     *,
+    beside: bool = False,
     pdl: bool = False,
 ) -> AddedProduct:
-    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]; memory: see AddedProduct."""
+    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]; memory and beside: see AddedProduct."""
     num_rows, k = x.shape
     splits, width = hidden.shape[0], bank.rank_width(site)
     require(k == site.inputs and k % (splits * RANK_STEP) == 0, f"{k} inputs in {splits} parts, a site of {site}")
@@ -174,13 +227,13 @@ def shrink(
     tile_k = next(size for size in (256, 128, 64, 32, 16) if share % size == 0)
     prefetch = next((size for size in (1024, 512, 256) if share >= size), 0) if x.element_size() == 2 else 0
     if len(rows.items):
-        _shrink_ranks_kernel[(min(len(rows.items), SHRINK_ITEMS), width // RANK_STEP, splits)](
+        _shrink_ranks_kernel[(CUT.programs(rows, CUT.shrink_items), width // RANK_STEP, splits)](
             x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.number, site.a_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], K=k, SPLITS=splits, MAX_RANK=bank.max_rank,
             WIDTH=width, TILE_K=tile_k, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, RANK_STEP=RANK_STEP, PREFETCH=prefetch,
-            PDL=pdl, **launch_options(4, pdl, 3),
+            BESIDE=beside, PDL=pdl, **launch_options(4, pdl, 3),
         )  # fmt: skip
-    return AddedProduct(bank, site, rows, hidden, memory)
+    return AddedProduct(bank, site, rows, hidden, memory, beside)
 
 
 @triton.jit
@@ -207,26 +260,29 @@ def _expand_ranks_kernel(
     hidden_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, out_ptr, num_rows, site, b_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, TILE_N: tl.constexpr,
-    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL and BESIDE:
+        gdc_launch_dependents()
     first_item = tl.program_id(0)
     first_n = tl.program_id(1) * TILE_N
     num_items = tl.load(items_ptr + 3)
     n = first_n + tl.arange(0, TILE_N)
     r = tl.arange(0, MAX_RANK)
     part = part_of(first_n, END0, END1)
-    slot = tl.load(items_ptr + first_item * COLUMNS, mask=first_item < num_items, other=0)
-    rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
-    first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
-    b = tl.load(first + n[:, None] * rank + r[None, :], mask=(first_item < num_items) & (r < rank)[None, :], other=0.0)
+    slot, rank, row, there = load_item(
+        items_ptr, order_ptr, ranks_ptr, first_item, num_items, site, SITES, ITEM_ROWS, COLUMNS
+    )
+    matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * b_offset
+    b = tl.load(matrix + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
     if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    place = tl.arange(0, ITEM_ROWS)
+        if BESIDE:
+            if (first_item < num_items) | (first_item + first_n == 0):
+                gdc_wait()
+        else:
+            gdc_launch_dependents()
+            gdc_wait()
     for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
-        item = items_ptr + number * COLUMNS
-        there = place < tl.load(item + 2)
-        row = tl.load(order_ptr + tl.load(item + 1) + place, mask=there, other=0)
         hidden = load_hidden(hidden_ptr, row, there, num_rows, part, PARTS, WIDTH, MAX_RANK)
         hidden = tl.where((r < rank)[None, :], hidden, 0.0).to(b.dtype)
         target = out_ptr + row.to(tl.int64)[None, :] * N + n[:, None]
@@ -236,12 +292,11 @@ def _expand_ranks_kernel(
         total = tl.dot(b, hidden.T, total, input_precision="ieee")
         tl.store(target, total.to(out_ptr.dtype.element_ty), mask=there[None, :])
         following = number + tl.num_programs(0)
-        slot = tl.load(items_ptr + following * COLUMNS, mask=following < num_items, other=0)
-        rank = tl.multiple_of(tl.load(ranks_ptr + slot * SITES + site), 16)
-        first = numbers_ptr + slot.to(tl.int64) * SLOT_SIZE + rank.to(tl.int64) * b_offset
-        b = tl.load(
-            first + n[:, None] * rank + r[None, :], mask=(following < num_items) & (r < rank)[None, :], other=0.0
+        slot, rank, row, there = load_item(
+            items_ptr, order_ptr, ranks_ptr, following, num_items, site, SITES, ITEM_ROWS, COLUMNS
         )
+        matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * b_offset
+        b = tl.load(matrix + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
 
 
 def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: bool = False) -> None:
@@ -254,14 +309,16 @@ def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: boo
     require(tuple(added.hidden.shape) == (splits, num_rows, width), f"t {tuple(added.hidden.shape)} of other rows")
     require(n == site.ends[-1], f"{n} outputs, a site of {site.ends[-1]}")
     _check(bank, whole, added.hidden)
-    tile_n = next((size for size in (128, 64, 32, 16) if all(end % size == 0 for end in site.ends)), 0)
+    most = max(128, CUT.expand_numbers // bank.max_rank)
+    sizes = (size for size in (512, 256, 128, 64, 32, 16) if size <= most)
+    tile_n = next((size for size in sizes if all(end % size == 0 for end in site.ends)), 0)
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
-        _expand_ranks_kernel[(min(len(rows.items), EXPAND_ITEMS), n // tile_n)](
+        _expand_ranks_kernel[(CUT.programs(rows, CUT.expand_items), n // tile_n)](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
-            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, ADD=add, PDL=pdl,
-            **launch_options(4, pdl),
+            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, ADD=add,
+            BESIDE=added.beside, PDL=pdl, **launch_options(4, pdl),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
-from baton.kernels.triton.low_rank import FEW_ROWS, AddedProduct, shrink, splits_of
+from baton.kernels.triton.low_rank import CUT, FEW_ROWS, AddedProduct, shrink, splits_of
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
@@ -51,7 +51,7 @@ class AdapterSteps:
         sizes = [
             self._splits(k, rows) * rows * width
             for k, width in sites
-            for rows in {min(FEW_ROWS, most_tokens), most_tokens}
+            for rows in {min(CUT.split_rows, most_tokens), most_tokens}
         ]
         self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
         widest = max((site.ends[-1] for of_layer in layout.sites for site in of_layer.values()), default=0)
@@ -91,16 +91,18 @@ class AdapterSteps:
         num_slots = self._slots.num_slots
         return 2 * num_tokens + 4 * most_items(num_tokens, num_slots)
 
-    def added(self, layer: int, name: str, x: torch.Tensor, rows: AdapterRows, *, pdl: bool) -> AddedProduct | None:
+    def added(
+        self, layer: int, name: str, x: torch.Tensor, rows: AdapterRows, *, beside: bool, pdl: bool
+    ) -> AddedProduct | None:
         """Launches the first half of what adapters add to a product of x [M, K], valid until the next call; None: the
-        model has no such product."""
+        model has no such product. beside: as AddedProduct."""
         site = self._layout.sites[layer].get(name)
         if site is None:
             return None
         num_rows, width = len(x), self._slots.bank.rank_width(site)
         splits = self._splits(site.inputs, num_rows)
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
-        return shrink(x, self._slots.bank, site, rows, hidden, self._apart, pdl=pdl)
+        return shrink(x, self._slots.bank, site, rows, hidden, self._apart, beside=beside, pdl=pdl)
 
     def embed(self, tokens: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
         """Launches what adapters have in place of the model's embedding of tokens, int32 [N], over out [N, hidden]."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
-from baton.kernels.triton.low_rank import AddedProduct
+from baton.kernels.triton.low_rank import BESIDE, AddedProduct
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.products import Products, Rows, plain
 
@@ -36,17 +36,17 @@ class StepProducts:
 
     def __call__(self, layer: int, name: str, weights: Linear, x: Rows, out: torch.Tensor) -> torch.Tensor:
         """name: as BankLayout has it."""
-        return self._products(weights, x, out, self._added(layer, name, x), pdl=self._pdl)
+        return self._products(weights, x, out, self._added(layer, name, weights, x), pdl=self._pdl)
 
     def gated(self, layer: int, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear) -> Rows:
-        added = self._added(layer, "gate_up", x)
+        added = self._added(layer, "gate_up", gate_up, x)
         following = reader if self._rows is None else None
         return self._products.gated(gate_up, x, out, following, added, pdl=self._pdl)
 
     def gelu_gated(
         self, layer: int, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear
     ) -> Rows:
-        added = self._added(layer, "gate_up", x)
+        added = self._added(layer, "gate_up", gate_up, x)
         return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
@@ -61,8 +61,9 @@ class StepProducts:
             assert self._adapters is not None, "a step with adapters of a decoder without"
             self._adapters.norm(number, residual, self._rows, eps, plain(out))
 
-    def _added(self, layer: int, name: str, x: Rows) -> AddedProduct | None:
+    def _added(self, layer: int, name: str, weights: Linear, x: Rows) -> AddedProduct | None:
         if self._rows is None:
             return None
         assert self._adapters is not None, "a step with adapters of a decoder without"
-        return self._adapters.added(layer, name, plain(x), self._rows, pdl=self._pdl)
+        beside = BESIDE and weights.weight_format == DenseLinear.weight_format
+        return self._adapters.added(layer, name, plain(x), self._rows, beside=beside, pdl=self._pdl)

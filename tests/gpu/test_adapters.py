@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton import linear, low_rank, norm
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -65,17 +66,20 @@ def test_rows_are_grouped(rows):
         checks.check_group(checks.some_adapters(rows, num_slots, GPU, rows), num_slots)
 
 
+@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
 @pytest.mark.parametrize("max_rank", [16, 64])
 @pytest.mark.parametrize("rows", [1, 8, 300])
-def test_expand(rows, max_rank):
+def test_expand(monkeypatch, rows, max_rank, cut):
+    monkeypatch.setattr(low_rank, "CUT", cut)
     for dtype in (BF16, torch.float32):
         checks.check_expand(GPU, dtype, rows, RANKS[max_rank], max_rank, 4096, QKV_ENDS, pdl=True)
     checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 14336, (4096,))
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("max_rank", [16, 64])
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
-def test_products_that_add(rows, max_rank):
+def test_products_that_add(rows, max_rank, beside):
     """Guards the tables' tiles, alone and in a chain of early launches, and bits that no neighbour changes."""
     for policy in (FASTEST, INVARIANT):
         tiles = policy[min(size for size in policy if rows <= size)]
@@ -85,8 +89,60 @@ def test_products_that_add(rows, max_rank):
             (GATE_UP_8B, (14336, 28672), True),
         ):
             checks.check_linear_added(
-                GPU, BF16, rows, RANKS[max_rank], max_rank, tiles[shape], ends, k=4096, fused=fused, pdl=True
+                GPU,
+                BF16,
+                rows,
+                RANKS[max_rank],
+                max_rank,
+                tiles[shape],
+                ends,
+                k=4096,
+                fused=fused,
+                beside=beside,
+                pdl=True,
             )
+
+
+@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monkeypatch, rows, cut):
+    """Guards against a product that begins before x is there, and one that adds what another is still writing: layers
+    in a captured chain of early launches have the bits that they have one after the other."""
+    monkeypatch.setattr(low_rank, "CUT", cut)
+    queue, num_layers, size = CudaQueue(0), 24, 4096
+    adapters = checks.Adapters.make(RANKS[16], 16, size, (size,), BF16, GPU)
+    grouped = checks.group(checks.some_adapters(rows, 4, GPU), 4)
+    tiles = FASTEST[min(most for most in FASTEST if rows <= most)][O_8B]
+    splits = low_rank.splits_of(size, rows, deterministic=False)
+    hidden = torch.zeros(splits, rows, 16, device=GPU)
+    memory = torch.zeros(rows * size, dtype=BF16, device=GPU)
+    start = torch.randn(rows, size, device=GPU).to(BF16)
+    weight, scale = (torch.randn(size, size, device=GPU) / 64).to(BF16), torch.ones(size, dtype=BF16, device=GPU)
+    residual, normed = torch.empty_like(start), torch.empty_like(start)
+    out = start.clone()
+    if tiles.splits > 1:
+        out = torch.zeros(tiles.splits, rows, size, device=GPU)
+
+    def layers(beside: bool, pdl: bool) -> None:
+        residual.copy_(start)
+        out.zero_()
+        for _ in range(num_layers):
+            norm.add_rms_norm(out, residual, scale, 1e-5, normed, pdl=pdl)
+            added = low_rank.shrink(
+                normed, adapters.bank, adapters.site, grouped, hidden, memory, beside=beside, pdl=pdl
+            )
+            linear.linear(normed, weight, None, tiles, out, added=added.apart(pdl=pdl), pdl=pdl)
+
+    torch.cuda.synchronize()
+    queue.enqueue(lambda: layers(beside=False, pdl=False))
+    queue.mark().wait()
+    expected = residual.clone(), out.clone()
+    torch.cuda.synchronize()
+    chain = queue.capture(lambda: layers(beside=True, pdl=True))
+    for _ in range(20):
+        queue.enqueue(chain)
+        queue.mark().wait()
+        assert torch.equal(residual, expected[0]) and torch.equal(out, expected[1])
 
 
 class Mixed:

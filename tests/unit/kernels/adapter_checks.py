@@ -94,14 +94,20 @@ def check_group(adapters: torch.Tensor, num_slots: int) -> None:
 
 
 def added_to(
-    adapters: Adapters, x: torch.Tensor, of_rows: torch.Tensor, *, pdl: bool = False, splits: int | None = None
+    adapters: Adapters,
+    x: torch.Tensor,
+    of_rows: torch.Tensor,
+    *,
+    pdl: bool = False,
+    splits: int | None = None,
+    beside: bool = False,
 ) -> AddedProduct:
     site = adapters.site
     splits = splits or low_rank.splits_of(site.inputs, len(x), deterministic=True)
     hidden = poison((splits, len(x), adapters.bank.rank_width(site)), torch.float32, str(x.device))
     rows = group(of_rows, len(adapters.bank.numbers))
     memory = poison((len(x) * site.ends[-1],), adapters.bank.numbers.dtype, str(x.device))
-    return low_rank.shrink(x, adapters.bank, site, rows, hidden, memory, pdl=pdl)
+    return low_rank.shrink(x, adapters.bank, site, rows, hidden, memory, beside=beside, pdl=pdl)
 
 
 def check_expand(
@@ -135,6 +141,7 @@ def check_linear_added(
     ends: tuple[int, ...],
     k: int = 256,
     fused: bool = False,
+    beside: bool = False,
     pdl: bool = False,
 ) -> None:
     """Rows without an adapter have the bits of the product alone, and each row those that it has with others."""
@@ -148,9 +155,8 @@ def check_linear_added(
         exact = F.silu(gate) * up
     shape, kind = ((rows, n), dtype) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
     out, alone = poison(shape, kind, device), poison(shape, kind, device)
-    linear.linear(
-        x, weight, None, tiles, out, fused=fused, added=added_to(adapters, x, of_rows, pdl=pdl).apart(pdl=pdl), pdl=pdl
-    )
+    added = added_to(adapters, x, of_rows, beside=beside, pdl=pdl).apart(pdl=pdl)
+    linear.linear(x, weight, None, tiles, out, fused=fused, added=added, pdl=pdl)
     linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
     bound = 4 * max(error(exact.to(dtype), exact), 1e-5)  # of dtype is what lies between the two halves, too

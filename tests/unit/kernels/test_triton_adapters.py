@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton import low_rank
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import adapter_checks as checks
 
@@ -21,15 +22,26 @@ def test_rows_of_one_adapter_and_of_none(device):
         checks.check_group(torch.full((37,), slot, dtype=torch.int32, device=device), 4)
 
 
+@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
 @pytest.mark.parametrize(
     ("dtype", "rows", "ranks"),
     [(torch.float32, 20, [16, 0, 32]), (torch.bfloat16, 1, [16]), (torch.bfloat16, 33, [32, 16])],
 )
-def test_expand_adds_to_a_product(device, dtype, rows, ranks):
+def test_expand_adds_to_a_product(device, monkeypatch, dtype, rows, ranks, cut):
     """Guards against another adapter's matrices, ranks below the largest, and parts that read another's ranks."""
+    monkeypatch.setattr(low_rank, "CUT", cut)
     checks.check_expand(device, dtype, rows, ranks, 32, 128, (64, 80, 96))
 
 
+@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_an_adapter_s_bits_do_not_depend_on_how_work_is_cut(device, monkeypatch, rows, cut):
+    """Guards against a tile that another tile's parts reach, items that no program has, and K in other parts."""
+    monkeypatch.setattr(low_rank, "CUT", cut)
+    checks.check_expand(device, torch.bfloat16, rows, [16, 0, 16, 16], 16, 256, (512, 1024, 2048))
+
+
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tiles", "rows"),
     [
@@ -38,15 +50,18 @@ def test_expand_adds_to_a_product(device, dtype, rows, ranks):
         (torch.bfloat16, Tiles(8, 64, 0, 1, 1), 1),
     ],
 )
-def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows):
+def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows, beside):
     """Guards against a split that adds it again, and rows whose bits depend on their neighbours."""
-    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128)
+    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128, beside=beside)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 9), (Tiles(8, 64, 0, 1, 1), 1)])
-def test_a_product_of_gate_and_up(device, tiles, rows):
+def test_a_product_of_gate_and_up(device, tiles, rows, beside):
     """Guards against gate's matrices for up, and what is added behind the activation."""
-    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True)
+    checks.check_linear_added(
+        device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True, beside=beside
+    )
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 21), (torch.bfloat16, 3)])

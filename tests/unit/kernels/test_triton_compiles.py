@@ -264,11 +264,16 @@ def test_what_adapters_add_uses_matrix_instructions_and_fits(kernels):
         for kernel in halves:
             assert kernel["mma"] or kernel["wgmma"], (case, kernel)
             assert kernel["registers"] <= 128 and kernel["shared_bytes"] <= 40 * 1024, (case, kernel)
+    for case in ("adapters_16_beside", "adapters_64_beside"):
+        for kernel in kernels[case][1:]:
+            assert kernel["mma"] or kernel["wgmma"], (case, kernel)
+            assert kernel["registers"] <= 168 and kernel["shared_bytes"] <= 40 * 1024, (case, kernel)
     *rows, head = kernels["whole_weights"]
     assert len(rows) == 2 and all(kernel["registers"] <= 64 for kernel in rows)
     assert head["wgmma"] and head["registers"] <= 168 and 3 * (head["shared_bytes"] + 1024) <= 227 * 1024
-    assert all(kernel["registers"] <= 128 for kernel in kernels["adapted_linear_1"])
-    for case, programs in {"adapted_linear_16": 2, "adapted_linear_64": 1}.items():
+    assert all(kernel["registers"] <= 128 for kernel in kernels["adapted_linear_1"] + kernels["late_linear_1"])
+    of_rows = {"adapted_linear_16": 2, "adapted_linear_64": 1, "late_linear_16": 2, "late_linear_32": 2}
+    for case, programs in (of_rows | {"late_linear_64": 1}).items():
         qkv, gate_up = kernels[case]
         for kernel in (qkv, gate_up):
             assert kernel["wgmma"] and kernel["tma"] and kernel["shared_bytes"] + 1024 <= 227 * 1024, (case, kernel)
