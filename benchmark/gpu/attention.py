@@ -36,7 +36,7 @@ def decode(report: KernelReport) -> None:
             pool = pool.view(num_blocks, KV_HEADS, layers, 2, block_tokens, DIM)
             tables = torch.randperm(num_blocks, device=GPU).int().view(rows, width)
             for name, plan in (
-                ("fast", split_plan(rows, KV_HEADS, sms)),
+                ("fast", split_plan(rows, KV_HEADS, sms, elements=HEADS // KV_HEADS * DIM)),
                 ("fixed_256", fixed_plan(rows, KV_HEADS, length, sms, 256)),
                 ("fixed_512", fixed_plan(rows, KV_HEADS, length, sms, 512)),
                 ("fixed_1024", fixed_plan(rows, KV_HEADS, length, sms, 1024)),
@@ -94,7 +94,7 @@ def mixed(report: KernelReport) -> None:
         for row, length in enumerate(each):
             used = -(-length // 64)
             tables[row, :used] = torch.tensor([blocks.pop() for _ in range(used)])
-        plan = split_plan(rows, KV_HEADS, sms)
+        plan = split_plan(rows, KV_HEADS, sms, elements=HEADS // KV_HEADS * DIM)
         calls = decode_calls(query, pool, range(8), tables.to(GPU), lengths, plan, out)
         report.moved("decode_attention", sum(each) * KV_HEADS * DIM * 4, calls, lengths=name, tokens=sum(each))
         work = torch.zeros(plan.num_chunks, COLUMNS.value, dtype=torch.int32, device=GPU)
@@ -112,7 +112,7 @@ def pools(report: KernelReport) -> None:
         for rows, length in ((8, 32768), (256, 1024)):
             query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
             lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
-            plan = split_plan(rows, KV_HEADS, sms)
+            plan = split_plan(rows, KV_HEADS, sms, elements=HEADS // KV_HEADS * DIM)
             for order, blocks_of in (("random", torch.randperm(4096)), ("rising", torch.arange(4096))):
                 tables = blocks_of.to(GPU).int().view(rows, -1)
                 calls = decode_calls(query, pool, (0, layers // 2, layers - 1), tables, lengths, plan, out)

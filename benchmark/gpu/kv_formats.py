@@ -40,7 +40,9 @@ def paged(pool: RandomKv) -> PagedPool:
 
 def decode_calls(pool: PagedPool, rows: int, length: int, aim: int) -> list[Call]:
     """A call a layer."""
-    plan = split_plan(rows, KV_HEADS, torch.cuda.get_device_properties(0).multi_processor_count, aim)
+    plan = split_plan(
+        rows, KV_HEADS, torch.cuda.get_device_properties(0).multi_processor_count, aim, elements=HEADS // KV_HEADS * DIM
+    )
     query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
     tables = torch.randperm(len(pool.tensor), device=GPU).int()[: rows * length // BLOCK_TOKENS].view(rows, -1)

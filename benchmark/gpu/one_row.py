@@ -103,7 +103,11 @@ def softcaps(lines: JsonLines, about: dict[str, object], config: ModelConfig) ->
         pool = PagedPool.of(randn(rows * width, kv_heads, SOFTCAP_LAYERS, 2, 64, dim))
         tables = torch.randperm(rows * width, device=GPU).int().view(rows, width)
         lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
-        query, out, plan = randn(rows, heads, dim), randn(rows, heads, dim), split_plan(rows, kv_heads, sms)
+        query, out, plan = (
+            randn(rows, heads, dim),
+            randn(rows, heads, dim),
+            split_plan(rows, kv_heads, sms, elements=heads // kv_heads * dim),
+        )
         scratch = DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, GPU)
         share_out(lengths, plan, scratch.work)
         took: dict[float | None, list[float]] = {None: [], SOFTCAP: []}

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
 from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
-from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, queries_of
+from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, merged_parts, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
@@ -41,7 +41,6 @@ from baton.kernels.triton.softcap import bounded, limit_log2
 HEAD_BYTES, FP8_HEAD_BYTES = 256, 128  # of the heads that plans are made for; of larger ones fewer tiles are in flight
 FP8_DIM = 64  # elements of the smallest heads whose words fill matrix instructions
 INTERPRETED = triton.knobs.runtime.interpret
-MERGED_ELEMENTS = 4096  # of partial results that a merging program holds at once: 32 registers a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +289,7 @@ def decode_attention(
         TILE=TILE,
         ROWS=GROUP_ROWS,
         GROUP_BLOCK=group_block,
-        AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
+        AT_ONCE=plan.merged or merged_parts(group_block * dim_block),
         SINKS=sinks is not None,
         WINDOWED=window is not None,
         PDL=pdl,

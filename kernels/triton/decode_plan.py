@@ -13,9 +13,14 @@ GROUP_ROWS = 16  # rows of the smallest matrix instruction: query heads and toke
 FP8_AIM = 4
 """Programs that a multiprocessor has at once over 8-bit floats. One takes longer to widen a tile than the memory to
 bring it, and waits in between: several do both at a time."""
-
-LEAST_TOKENS = 64
-"""Of a chunk: the program that ends last reads what the others leave, which takes longer than a few tiles more."""
+FP8_LEAST_TOKENS = 128
+"""Of a chunk, where there are so many programs that what each begins with counts."""
+MERGED_ELEMENTS = 4096
+"""Of parts that a program reads at a time as it merges them: 32 registers a thread."""
+FEWEST_MERGED, MOST_MERGED = 2, 16
+MERGE_COST = 2
+"""Tiles that a program could have read in the time in which it reads parts once: the one that ends last merges those of
+all, so that parts of few tiles are not worth it."""
 ALONE = 4
 """With fewer programs a multiprocessor, where chunks are fixed, each token of a sequence reads alone: there is room for
 all at once, and one program would merge the parts of several tokens one after the other."""
@@ -25,9 +30,9 @@ all at once, and one program would merge the parts of several tokens one after t
 class DecodePlan:
     """What can be said of a step before its sequences are known: how many chunks it has at most, and how large.
 
-    chunk_tokens 0: chunks of nearly one size, `splits` a sequence in the mean, but none of less than `least_tokens`. A
-    sequence that is longer than the mean has more of them and a shorter one fewer, down to one. Else chunk i begins at
-    token i * chunk_tokens.
+    chunk_tokens 0: chunks of nearly one size, `splits` a sequence in the mean, none of less than `least_tokens`, and
+    no more than can be merged soon. A sequence that is longer than the mean has more of them and a shorter one fewer,
+    down to one. Else chunk i begins at token i * chunk_tokens.
     """
 
     num_chunks: int
@@ -39,6 +44,8 @@ class DecodePlan:
     least_tokens: int = TILE
     queries: int = 1
     """Tokens of a sequence that read its keys and values together at most: the last and the drafts behind it."""
+    merged: int = 0
+    """Parts that a program merges at a time; 0: what the kernel has by default, and chunks are as many as they are."""
 
     @property
     def num_parts(self) -> int:
@@ -52,17 +59,31 @@ def queries_of(group: int) -> int:
     return max(1, GROUP_ROWS // group)
 
 
-def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1, queries: int = 1) -> DecodePlan:
+def merged_parts(elements: int, splits: int = 1) -> int:
+    """Parts that a program merges at a time, of so many numbers each; twice as many where sequences have more. (Over
+    8-bit floats that would take the registers of a multiprocessor's fourth program.)"""
+    few, many = (
+        max(FEWEST_MERGED, min(MOST_MERGED, room // elements)) for room in (MERGED_ELEMENTS, 2 * MERGED_ELEMENTS)
+    )
+    return few if splits <= few else many
+
+
+def split_plan(
+    num_rows: int, kv_heads: int, num_sms: int, aim: int = 1, queries: int = 1, elements: int = 0
+) -> DecodePlan:
     """The fast plan for up to num_rows sequences of any length.
 
     As many chunks as multiprocessors, or whole sequences where these are more: the optima measured in whole steps
     (docs/benchmarks/kernels.md). To cut them further, so that the last wave is full, costs more than it gives. `aim`
-    times as many of 8-bit floats.
+    times as many of 8-bit floats. elements: of a part, that of the query heads of a key head, both their number
+    and their size rounded up to powers of two; 0: of a kernel that merges in another way.
     """
     programs = num_rows * kv_heads
     splits = max(1, aim * num_sms // programs)
     stages = _stages(programs * splits, num_sms, aim)
-    return DecodePlan((splits + 1) * num_rows, stages, splits, least_tokens=LEAST_TOKENS, queries=queries)
+    least_tokens = FP8_LEAST_TOKENS if aim > 1 else TILE
+    merged = merged_parts(elements, 1 if aim > 1 else splits) if elements else 0
+    return DecodePlan((splits + 1) * num_rows, stages, splits, 0, least_tokens, queries, merged)
 
 
 def fixed_plan(

@@ -1,9 +1,11 @@
 """The chunks of a decode step, shared out on the GPU from the lengths that it finds there: once a step, for all layers.
 
     tiles[r] = ceil((length[r] + queries[r] - 1) / TILE);  share = sum(tiles) / (splits * sum(queries))
-    chunk[r] = max(least, ceil(tiles[r] / max(1, round(tiles[r] / share)))), or what is fixed
+    most[r] = max(merged, sqrt(tiles[r] * merged / MERGE_COST)), where parts are merged `merged` at a time
+    chunk[r] = max(least, ceil(tiles[r] / min(most[r], max(1, round(tiles[r] / share))))), or what is fixed
     parts[r] = ceil(tiles[r] / chunk[r])
 
+The last of p parts to end merges all, so a sequence takes tiles / p + MERGE_COST * p / merged: least with `most` parts.
 A row has one query or, with drafts, up to decode_plan.queries_of consecutive tokens of a sequence, which read its keys
 and values together; the rows of the others have 0 then. Unless chunks are fixed, a sequence that is much longer than
 the others takes no longer than they do; those that differ little stay whole, for a cut costs more than it evens out.
@@ -17,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.decode_plan import TILE, DecodePlan
+from baton.kernels.triton.decode_plan import MERGE_COST, TILE, DecodePlan
 from baton.kernels.triton.launch import require
 
 WRITTEN = 128  # chunks at a time
@@ -32,10 +34,11 @@ FOLLOWING = tl.constexpr(7)  # row of the second query; those of more follow it
 COLUMNS = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_chunks", "splits", "fixed_tiles", "least_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "splits", "fixed_tiles", "least_tiles", "merged"])
 def _share_out_kernel(
     length_ptr, query_ptr, following_ptr, work_ptr, num_rows, num_chunks, splits, fixed_tiles, least_tiles,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WRITTEN: tl.constexpr, GROUPED: tl.constexpr,
+    merged, ROWS: tl.constexpr, TILE: tl.constexpr, WRITTEN: tl.constexpr, GROUPED: tl.constexpr,
+    MERGE_COST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     each = tl.arange(0, ROWS)
@@ -53,6 +56,9 @@ def _share_out_kernel(
         shares = splits * tl.sum(queries, 0)
         all_tiles = tl.maximum(tl.sum(tiles, 0), 1)
         parts = tl.maximum((2 * tiles * shares + all_tiles) // (2 * all_tiles), 1)
+        if merged > 0:
+            most = tl.sqrt((tiles * merged).to(tl.float32) / MERGE_COST).to(tl.int32)
+            parts = tl.minimum(parts, tl.maximum(most, merged))
         chunks = tl.maximum(tl.cdiv(tiles, parts), least_tiles)
     parts = tl.cdiv(tiles, chunks)
     count = tl.sum(tl.where(each == row, parts, 0), 0)
@@ -105,6 +111,6 @@ def share_out(
     if num_rows:
         _share_out_kernel[(num_rows,)](
             lengths, queries, following, work, num_rows, plan.num_chunks, plan.splits, plan.chunk_tokens // TILE,
-            plan.least_tokens // TILE, ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN,
-            GROUPED=queries is not None, num_warps=4,
+            plan.least_tokens // TILE, plan.merged, ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN,
+            GROUPED=queries is not None, MERGE_COST=MERGE_COST, num_warps=4,
         )  # fmt: skip

@@ -31,17 +31,22 @@ class DecodePlans:
         queries = queries_of(self.config.group_size) if self.limits.most_drafts else 1
         if deterministic:
             return fixed_plan(num_tokens, kv_heads, max_len, self.num_sms, aim=self._aim, queries=queries)
-        return split_plan(num_tokens, kv_heads, self.num_sms, self._aim, queries)
+        return split_plan(num_tokens, kv_heads, self.num_sms, self._aim, queries, self._part_elements)
 
     def of_drafts(self, num_rows: int) -> DecodePlan:
         """For a model that drafts, on whose sums no token depends."""
-        return split_plan(num_rows, self.config.num_kv_heads, self.num_sms, self._aim)
+        return split_plan(num_rows, self.config.num_kv_heads, self.num_sms, self._aim, elements=self._part_elements)
 
     def scratch(self, plans: Iterable[DecodePlan], device: str) -> DecodeScratch:
         """Memory for any of these plans."""
         config, parts = self.config, max(plan.num_parts for plan in plans)
         dim = config.head_dim if config.latent is None else config.latent.latent_dim
         return DecodeScratch.make(self.limits.decode_tokens, parts, config.num_heads, config.num_kv_heads, dim, device)
+
+    @property
+    def _part_elements(self) -> int:
+        group, dim = (1 << (size - 1).bit_length() for size in (self.config.group_size, self.config.head_dim))
+        return group * dim
 
     @property
     def _aim(self) -> int:

@@ -670,6 +670,7 @@ def adapter_bank(max_rank: int):
 
 
 WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
+ONE_ROW = (17, 9, 16, 0, 64, 1, 16)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
@@ -701,7 +702,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
     "share_out": lambda: share_out(),
-    "decode_128_page64_deepest": lambda: decode(32, 8, 128, 64, DEEPEST, pdl=True),
+    "decode_128_page64_deepest": lambda: decode(32, 8, 128, 64, ONE_ROW, pdl=True),
     "decode_128_page16_deepest": lambda: decode(32, 8, 128, 16, DEEPEST),
     "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton import decode_attention, decode_work
-from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, merged_parts, split_plan
 from baton.kernels.triton.pool import PagedPool
 from baton.tests.unit.kernels import kernel_checks as checks
 
@@ -145,6 +145,9 @@ def test_every_token_is_in_one_chunk(device, lengths, splits):
     chunks = chunks_of(lengths, replace(shared, least_tokens=256), device)
     assert_all_is_shared_out(lengths, chunks)
     assert all(chunk[3] >= 256 for chunk in chunks)
+    chunks = chunks_of(lengths, replace(shared, merged=4), device)
+    assert_all_is_shared_out(lengths, chunks)
+    assert all(parts <= max(4, (2 * -(-lengths[row] // TILE)) ** 0.5) for row, *_, parts in chunks)
     fixed = fixed_plan(len(lengths), 8, 33000, 132, 4096)
     assert_all_is_shared_out(lengths, chunks_of(lengths, fixed, device))
 
@@ -194,6 +197,15 @@ def test_plans_that_were_measured_best():
     """Guards against a rule that drifts from the measured optima, with 8 key heads."""
     assert [split_plan(rows, 8, 132).splits for rows in (1, 2, 8, 9, 16, 20, 256)] == [16, 8, 2, 1, 1, 1, 1]
     assert [split_plan(rows, 8, 132).num_stages for rows in (1, 16, 24, 32, 48, 64, 96)] == [9, 9, 7, 7, 5, 7, 3]
+
+
+def test_parts_that_are_merged_at_a_time():
+    """Guards against programs whose parts take more registers than there are, and against a plan whose sequences have
+    more parts than one program can merge soon."""
+    assert [merged_parts(elements) for elements in (64, 256, 512, 1024, 2048, 4096)] == [16, 16, 8, 4, 2, 2]
+    assert [merged_parts(elements, 16) for elements in (256, 512, 1024, 2048, 4096)] == [16, 16, 8, 4, 2]
+    assert [split_plan(rows, 8, 132, elements=512).merged for rows in (1, 2, 16)] == [16, 8, 8]
+    assert split_plan(1, 8, 132, 4, elements=512).merged == 8
 
 
 def test_plans_for_fp8_fill_a_multiprocessor_several_times():
