@@ -102,7 +102,7 @@ class DraftBudget:
 
     def __init__(self, sizes: Sequence[int], most_drafts: int, *, by_model: bool = False) -> None:
         """by_model: a model proposes, which takes time of its own."""
-        self._sizes, self._by_model = tuple(sizes), by_model
+        self.sizes, self._by_model = tuple(sizes), by_model
         self._chain_s: dict[int, float] = {}
         self._pays, self._step = True, 0
         self._most = most_drafts
@@ -154,7 +154,7 @@ class DraftBudget:
         num_certain = sum(min(certain.get(slot, 0), most) for slot, most in given)
         known = [(self._slots[slot], most) for slot, most in given if slot in self._slots and not certain.get(slot)]
         wanted = [(each, min(each.coming, most)) for each, most in known if min(each.number, most)]
-        least = self._sizes[bisect_left(self._sizes, count)]
+        least = self.sizes[bisect_left(self.sizes, count)]
         if not (wanted or num_certain):
             return BudgetChoice(least, 0.0, slots)
         survival = (self._accepted / self._offered).cumprod(axis=1)
@@ -170,8 +170,8 @@ class DraftBudget:
             chain_s = self._chain_of(count) if tokens > least else 0.0
             return (count + expected(tokens)) / (self._seconds(tokens) + chain_s)
 
-        most = bisect_left(self._sizes, min(count + len(worth), self._sizes[-1]))
-        larger = [size for size in self._sizes[: most + 1] if size > least]
+        most = bisect_left(self.sizes, min(count + len(worth), self.sizes[-1]))
+        larger = [size for size in self.sizes[: most + 1] if size > least]
         best = max((least, *larger), key=value)
         if best != least and value(best) < (1 + LEAST_GAIN) * value(least):
             best = least

@@ -28,7 +28,7 @@ from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.testing.device_ranks import DeviceRanks
 from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
-from baton.tests.unit.models.cuda.ahead import Ahead
+from baton.tests.unit.models.cuda.ahead import Ahead, always_draft
 from baton.tests.unit.models.cuda.merged import random_adapter
 from baton.tests.unit.models.eagle_folders import write_pair
 
@@ -190,7 +190,7 @@ def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
 
     def alone(index: int) -> None:
         ranks.runners[index].warm_up()
-        ranks.runners[index].budget.measure((), ((rows, 0.0) for rows in range(1, 9)))  # see test_eagle
+        always_draft(ranks.runners[index])
         answers(ranks.runners[index], 3).generated(0)
 
     part = part_of(config, Rank(0, count))
@@ -200,7 +200,7 @@ def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
     assert [found.generated(slot)[:TOKENS] for slot in range(8)] == [
         expected.generated(slot)[:TOKENS] for slot in range(8)
     ]
-    assert found.num_accepted == found.num_verified > 5
+    assert found.num_verified > TOKENS and found.num_accepted > 0.9 * found.num_verified
 
 
 def test_ranks_on_one_gpu_compute_with_their_parts_of_an_adapter():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, takewhile
 
 import numpy as np
 
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.draft_budget import BudgetChoice
 from baton.models.cuda.runner import CudaRunner
 from baton.node.messages.control import Grammar, Logprob, SamplingSpec
 
@@ -28,6 +30,19 @@ def mask_after(known: Sequence[int], vocab_size: int, forced: Mapping[int, int] 
     else:
         bits[(sum(known) % 3) : vocab_size : 3] = 1
     return np.packbits(bits, bitorder="little").view("<u4").view(np.int32)
+
+
+def always_draft(runner: CudaRunner) -> None:
+    """Let every row have places for all its drafts, as far as there are graphs, whatever steps take on this machine:
+    drafts of a small model never pay."""
+    sizes = runner.budget.sizes
+
+    def choose(rows: Iterable[tuple[int, int]], certain: Mapping[int, int] = NOTHING_FORCED) -> BudgetChoice:
+        given = list(rows)
+        fits = bisect_left(sizes, sum(1 + most for _, most in given), hi=len(sizes) - 1)
+        return BudgetChoice(sizes[fits], 0.0, tuple(slot for slot, _ in given))
+
+    runner.budget.choose = choose  # type: ignore[method-assign]
 
 
 class Ahead:
