@@ -6,11 +6,11 @@
 Biases of the model are added behind.
 
 Query, key and value are parts of one product here, gate and up of another (models.layer_weights); of latent attention
-queries, or their latent, and the latent of keys and values. Routed experts have a product each, whose pairs lie behind
-one another: a [experts, rank, inputs], b [experts, outputs, rank]. Each part of a product's outputs has a pair of its
-own, or none; an adapter that was trained on a merged product has one `a` for all its parts. Routers, and gates of
-shared experts, are products too, before scores are made of them. Where an adapter comes from, and where a device keeps
-it, it does not know.
+queries, or their latent, and the latent of keys and values, which another product makes of it. Routed experts have a
+product each, whose pairs lie behind one another: a [experts, rank, inputs], b [experts, outputs, rank]. Each part of a
+product's outputs has a pair of its own, or none; an adapter that was trained on a merged product has one `a` for all
+its parts. Routers, and gates of shared experts, are products too, before scores are made of them. Where an adapter
+comes from, and where a device keeps it, it does not know.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from baton.models.config import ModelConfig
-from baton.models.layers import DenseMlp, GroupedAttention, LatentAttention, LayerShape, describe
+from baton.models.layers import DenseMlp, ExpertsMlp, GroupedAttention, LatentAttention, LayerShape, describe
 
 
 class LowRank(NamedTuple):
@@ -66,6 +66,7 @@ class LayerAdapter:
     o: Parts = ()
     gate_up: Parts = ()  # gate, up: of a dense MLP, or of the shared expert
     down: Parts = ()
+    kv_up: Parts = ()  # of each head its plain key, then its value, made of their latent
     router: Parts = ()  # all routed experts, whatever ranks hold
     shared_gate: Parts = ()  # one output
     expert_gate_up: Parts = ()  # gate, up: of all routed experts
@@ -79,11 +80,11 @@ class LayerAdapter:
 
 PRODUCTS = ("qkv", "query", "o", "gate_up", "down")
 """Of a layer, in the order in which a step computes them."""
-GATE_PRODUCTS = ("router", "shared_gate")
-"""Of a layer with routed experts, beside them: what weighs the experts of a token."""
+CPU_PRODUCTS = ("kv_up", "router", "shared_gate")
+"""Of a layer, beside them, those that only CPUs compute with adapters."""
 EXPERT_PRODUCTS = ("expert_gate_up", "expert_down")
-"""Of one routed expert."""
-ALL_PRODUCTS = PRODUCTS + GATE_PRODUCTS + EXPERT_PRODUCTS
+"""Of one routed expert, which only CPUs do too."""
+ALL_PRODUCTS = PRODUCTS + CPU_PRODUCTS + EXPERT_PRODUCTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,14 +147,18 @@ def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProd
     return products
 
 
-def gate_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
-    """By the names of GATE_PRODUCTS, those of a layer; none of a dense layer."""
-    if isinstance(shape.mlp, DenseMlp):
-        return {}
-    gates = {"router": AdaptedProduct(hidden_size, (shape.mlp.routing.num_experts,))}
-    if shape.mlp.shared_gated:
-        gates["shared_gate"] = AdaptedProduct(hidden_size, (1,))
-    return gates
+def cpu_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
+    """By the names of CPU_PRODUCTS, those of a layer."""
+    products, attention, mlp = {}, shape.attention, shape.mlp
+    if isinstance(attention, LatentAttention):
+        dims = attention.dims
+        outputs = attention.num_heads * (dims.plain_dim + dims.value_dim)
+        products["kv_up"] = AdaptedProduct(dims.latent_dim, (outputs,))
+    if isinstance(mlp, ExpertsMlp):
+        products["router"] = AdaptedProduct(hidden_size, (mlp.routing.num_experts,))
+        if mlp.shared_gated:
+            products["shared_gate"] = AdaptedProduct(hidden_size, (1,))
+    return products
 
 
 def expert_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:

@@ -4,8 +4,8 @@
     o, down:                            y = sum over ranks of W x + b (a x)[its inputs]    columns of a
     routed experts:                     those of the rank, whole
 
-As models.partition cuts the model. The embedding, latents of attention, routers and gates of shared experts every rank
-computes whole.
+As models.partition cuts the model; of what makes keys and values of latents, the heads of the rank. The embedding,
+latents of attention, routers and gates of shared experts every rank computes whole.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def _latent(layer: LayerAdapter, config: ModelConfig, dims: LatentConfig, rank: 
         qkv=_outputs(layer.qkv, first, range(dims.row_dim)),
         query=_outputs(layer.query, queries),
         o=_inputs(layer.o, _times(heads, dims.value_dim)),
+        kv_up=_outputs(layer.kv_up, _times(heads, dims.plain_dim + dims.value_dim)),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from baton.models.adapters.adapter import AdaptedProduct, adapted_products, gate_products
+from baton.models.adapters.adapter import AdaptedProduct, adapted_products, cpu_products
 from baton.models.config import ModelConfig
 from baton.models.layers import describe
 
@@ -53,7 +53,7 @@ def is_of_images(name: str) -> bool:
 
 
 def adapted_modules(config: ModelConfig) -> dict[str, Place]:
-    """By name, the modules that an adapter may change, but those of gate_modules and of routed experts."""
+    """By name, the modules that an adapter may change, but those of cpu_modules and routed experts."""
     vocabulary = AdaptedProduct(config.hidden_size, (config.vocab_size,))
     places: dict[str, Place] = {EMBEDDING: vocabulary, LM_HEAD: vocabulary}
     for layer, products in enumerate(adapted_products(config)):
@@ -64,18 +64,20 @@ def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def gate_modules(config: ModelConfig) -> dict[str, ProductPlace]:
-    """By name, routers and gates of shared experts: as transformers 5 has it, and maybe as the checkpoint does."""
-    experts, places = config.experts, {}
-    if experts is None:
-        return {}
-    names = {"router": experts.rules.router, "shared_gate": f"{experts.rules.shared}_gate"}
-    for layer, shape in enumerate(describe(config)):
-        for product, whole in gate_products(shape, config.hidden_size).items():
-            for block in ("mlp", experts.rules.block):
-                module = f"model.layers.{layer}.{block}.{names[product]}"
-                places[module] = ProductPlace(layer, product, 0, 1, whole)
-    return places
+def cpu_modules(config: ModelConfig) -> dict[str, ProductPlace]:
+    """By name, what makes keys and values of latents, routers, and gates of shared experts; a router is named as
+    transformers 5 has it, and as the checkpoint does."""
+    names = {"kv_up": ["self_attn.kv_b_proj"]}
+    if config.experts is not None:
+        rules = config.experts.rules
+        names["router"] = [f"{block}.{rules.router}" for block in ("mlp", rules.block)]
+        names["shared_gate"] = [f"{rules.block}.{rules.shared}_gate"]
+    return {
+        f"model.layers.{layer}.{name}": ProductPlace(layer, product, 0, 1, whole)
+        for layer, shape in enumerate(describe(config))
+        for product, whole in cpu_products(shape, config.hidden_size).items()
+        for name in names[product]
+    }
 
 
 def norm_numbers(config: ModelConfig) -> dict[str, int]:
@@ -90,11 +92,8 @@ def norm_numbers(config: ModelConfig) -> dict[str, int]:
 
 def reason_not_adapted(module: str, config: ModelConfig) -> str:
     """Why no adapter may change a module of that name."""
-    names = module.split(".")
-    if config.experts is not None and "experts" in names:
+    if config.experts is not None and "experts" in module.split("."):
         return "names no projection of a routed expert of this model"
-    if config.latent is not None and names[-1] == "kv_b_proj":
-        return "makes keys and values of latents, which steps do without, so that it is not adapted here"
     return "this model has no module of that name that can be adapted"
 
 

@@ -41,7 +41,7 @@ from baton.models.adapters.modules import (
     Place,
     ProductPlace,
     adapted_modules,
-    gate_modules,
+    cpu_modules,
     is_of_images,
     name_in_decoder,
     norm_numbers,
@@ -90,7 +90,7 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
     wrappers = expert_parameters(config)
-    pair_places: dict[str, PairPlace] = {**places, **gate_modules(config), **expert_modules(config)}
+    pair_places: dict[str, PairPlace] = {**places, **cpu_modules(config), **expert_modules(config)}
     pairs, names = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
     _name_parameters(pairs, names, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):

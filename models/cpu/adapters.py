@@ -9,7 +9,7 @@ Rows without an adapter are computed as in a step without adapters, bit for bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from baton import kernels
 from baton.kernels import Linear
-from baton.models.adapters.adapter import Adapter, LowRank, Parts, expert_products, gate_products, layer_products
+from baton.models.adapters.adapter import Adapter, LowRank, Parts, cpu_products, expert_products, layer_products
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
@@ -88,10 +88,14 @@ class RowAdapters:
     def product(self, layer: int, name: str, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """[N, outputs]: the layer's product of x [N, inputs], with what the adapters change of it."""
         y = linear(x)
-        for adapter, rows in self.groups:
-            for pair in adapter.layers[layer].get(name, ()):
-                pair.add(rows, x, y, linear.bias)
+        for rows, pair in self.pairs(layer, name):
+            pair.add(rows, x, y, linear.bias)
         return y
+
+    def pairs(self, layer: int, product: str) -> Iterator[tuple[torch.Tensor, PlacedPair]]:
+        """Those of the layer's product, and their rows."""
+        for adapter, rows in self.groups:
+            yield from ((rows, pair) for pair in adapter.layers[layer].get(product, ()))
 
     def add_to_expert(
         self, layer: int, product: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor
@@ -160,7 +164,7 @@ class CpuAdapterSlots:
         shapes = describe(config, peers.rank, stage) if num_slots else ()
         hidden = config.hidden_size
         self._products = tuple(
-            layer_products(shape, hidden) | gate_products(shape, hidden) | expert_products(shape, hidden)
+            layer_products(shape, hidden) | cpu_products(shape, hidden) | expert_products(shape, hidden)
             for shape in shapes
         )
         self._slots: list[CpuAdapter | None] = [None] * num_slots

@@ -126,8 +126,9 @@ class _StepOps:
         self._tap(index, self._residual)
         if isinstance(shape, LatentAttention):
             assert isinstance(weights, LatentWeights), "the weights are of this shape"
-            query, row = absorbed(shape, weights, x, self._ropes[shape.rope], partial(self._adapters.product, index))
-            attended = raised(shape, weights, self._attention(index, query, row, self._step))
+            product, pairs = partial(self._adapters.product, index), tuple(self._adapters.pairs(index, "kv_up"))
+            query, row = absorbed(shape, weights, x, self._ropes[shape.rope], product, pairs)
+            attended = raised(shape, weights, self._attention(index, query, row, self._step), pairs)
             return self._peers.sum(self._adapters.product(index, "o", weights.o, attended))
         assert isinstance(weights, AttentionWeights), "the weights are of this shape"
         query, kv = self._project(shape, weights, x)

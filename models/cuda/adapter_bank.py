@@ -16,7 +16,7 @@ import torch
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
 from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
 from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, Parts, layer_products
-from baton.models.adapters.modules import gate_modules
+from baton.models.adapters.modules import cpu_modules
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
 from baton.models.layers import describe
@@ -34,7 +34,7 @@ class BankLayout:
     """By layer and by the names of PRODUCTS."""
     unit_size: int
     """Elements of a slot for each unit of rank."""
-    gates: Mapping[str, tuple[int, str]]
+    cpu_modules: Mapping[str, tuple[int, str]]
     """Modules that slots have no room for: layer and product of each, by name."""
 
     @classmethod
@@ -54,8 +54,8 @@ class BankLayout:
                 end += len(ends) * k + ends[-1]
                 count += 1
             layers.append(sites)
-        gates = {module: (place.layer, place.product) for module, place in gate_modules(config).items()}
-        return cls(tuple(layers), end, gates)
+        without = {module: (place.layer, place.product) for module, place in cpu_modules(config).items()}
+        return cls(tuple(layers), end, without)
 
     @property
     def num_sites(self) -> int:
@@ -223,7 +223,7 @@ class BankSlots:
                 f"adapts routed experts, which only a CPU computes with: their pairs are {experts:,} bytes, a slot has "
                 f"{self.bank.numbers[0].nbytes:,} and room for none of them"
             )
-        for module, (number, product) in self._layout.gates.items():
+        for module, (number, product) in self._layout.cpu_modules.items():
             if adapter.layers[number].product(product):
                 name = module.rpartition(".")[2]
                 raise AdapterError(

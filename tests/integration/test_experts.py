@@ -62,7 +62,7 @@ def adapted(made, tmp_path: Path) -> peft.PeftModel:  # type: ignore[no-untyped-
     """The model with random adapters of its attention, routed experts and routers, saved in a folder for each."""
     config = peft.LoraConfig(
         r=4,
-        target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
+        target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
     )
     model = peft.get_peft_model(made[1], config, ADAPTERS[0])

@@ -166,6 +166,16 @@ ADAPTERS = {
         LATENT | {"q_lora_rank": None},
         {"target_modules": ["q_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True},
     ),
+    "keys and values of latents, magnitudes (DoRA)": (
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": None},
+        {"target_modules": ["kv_b_proj", "o_proj"], "use_dora": True},
+    ),
+    "latent attention, experts and routers, all linear": (
+        "deepseek_v3",
+        LATENT | {"head_dim": 16},
+        {"target_modules": ALL, "rank_pattern": {"kv_b_proj": 3}},
+    ),
     "latent attention, queries with a latent": (
         "deepseek_v3",
         LATENT | {"head_dim": 16},
@@ -304,6 +314,8 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("shared experts, a dense layer", 2),
         ("latent attention, magnitudes (DoRA)", 2),
         ("latent attention, queries with a latent", 4),
+        ("keys and values of latents, magnitudes (DoRA)", 2),
+        ("latent attention, experts and routers, all linear", 4),
         ("experts behind a dense layer, beside a shared one", 2),
         ("routers, experts and attention, all linear", 2),
         ("routers by patterns, gates of shared experts, all linear", 2),

@@ -178,13 +178,19 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
     with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):
         prepare(Adapter(b"", (LayerAdapter(expert_down=(experts,)),)))
-    gates = ModelConfig.from_folder(make_model("qwen2_moe", num_hidden_layers=1, num_experts=4).folder)
-    of_gates = BankSlots(BankShape(BankLayout.of(gates), 2, 32, torch.bfloat16), LateQueue()).prepare
-    for product, outputs, name in (("router", 2, "gate"), ("shared_gate", 1, "shared_expert_gate")):
-        changed = LayerAdapter(**{product: (LowRank(torch.zeros(4, 64), torch.zeros(outputs, 4)),)})
+    for family, product, module in (
+        ("qwen2_moe", "router", "mlp.gate"),
+        ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate"),
+        ("deepseek_v3", "kv_up", "self_attn.kv_b_proj"),
+    ):
+        few = LATENT | {"num_hidden_layers": 1, "num_experts": 4, "head_dim": 16, "q_lora_rank": 32, "v_head_dim": 16}
+        of_cpus = BankLayout.of(ModelConfig.from_folder(make_model(family, **few).folder))
+        name = module.rpartition(".")[2]
         left_out = f"leave '{name}' out of target_modules and '{name}.weight' out of target_parameters"
-        with pytest.raises(AdapterError, match=f"adapts model.layers.0.mlp.{name}, which only a CPU .* {left_out}"):
-            of_gates(Adapter(b"", (changed,)))
+        with pytest.raises(AdapterError, match=f"adapts model.layers.0.{module}, which only a CPU .* {left_out}"):
+            BankSlots(BankShape(of_cpus, 2, 32, torch.bfloat16), LateQueue()).prepare(
+                Adapter(b"", (LayerAdapter(**{product: (pair,)}),))
+            )
     with pytest.raises(AdapterError, match="room with --lora-modules-to-save"):
         prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
