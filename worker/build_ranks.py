@@ -51,8 +51,6 @@ from baton.worker.settings import WorkerSettings, WorkerSizes
 
 logger = logging.getLogger("worker")
 
-UNVERIFIED = "on GPUs the tokens of several ranks were not compared with those of one"
-"""See docs/benchmarks/parallel.md."""
 POLL_S = 0.0002
 """As a worker of one GPU."""
 
@@ -78,7 +76,6 @@ def load_ranks_on_cuda(
         described = rank_start(part, count, *how, index, fds, memory)
         return msgspec.structs.replace(described, device=_share(settings, sizes, index))
 
-    log_event(logger, "ranks_unverified", level=logging.WARNING, ranks=count, why=UNVERIFIED)
     group = RankGroup(count, start)
     try:
         return _load(settings, sizes, role, group, start(0, {}, SharedBytes(0, 0, b"")))
