@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.kernels.triton import int4_policy, linear_8bit_policy
-from baton.kernels.triton.experts_policy import router_splits
+from baton.kernels.triton.experts_policy import BLOCK, router_splits, row_tiles_8bit
 from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, ProductShape
 from baton.kernels.triton.quantised_table import FORMATS, TABLE, TILE_ROWS, tabled
 from baton.models.cuda.products import fastest
@@ -93,3 +93,14 @@ def test_a_router_s_product_is_cut(inputs):
     splits = router_splits(1, inputs, invariant=True)
     assert splits >= 5 and inputs % (splits * 64) == 0
     assert router_splits(1, inputs, invariant=False) == splits
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("size", [128, 256, 384, 768, 1408, 2048, 4096, 7168])
+def test_tiles_of_one_token_divide_experts_of_8_bits(size, blocked):
+    """Guards against the first request of a model whose width few tiles divide, and tiles that cut through blocks."""
+    for shape in (ProductShape(size, 2048, fused=True), ProductShape(2048, size), ProductShape(size, size, fused=True)):
+        tiles = row_tiles_8bit(shape, blocked)
+        assert shape.outputs % tiles.tile_n == 0 and shape.inputs % tiles.tile_k == 0, (shape, tiles)
+        assert BLOCK % tiles.tile_n == 0 and tiles.prefetch <= shape.inputs, (shape, tiles)
+        assert tiles.tile_n & (tiles.tile_n - 1) == tiles.tile_k & (tiles.tile_k - 1) == 0, (shape, tiles)

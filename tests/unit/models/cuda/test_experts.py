@@ -81,12 +81,14 @@ def test_experts_without_kernels_are_refused_by_name(make_model):
         make(folder)
 
 
-def test_one_token_takes_experts_of_8_bits_as_it_is():
+@pytest.mark.parametrize("weight_format", ["fp8_row", "fp8_block"])
+def test_one_token_takes_experts_of_8_bits_as_it_is(weight_format):
     """Guards against tiles of another number of rows than the kernel's, and rows of the token before."""
-    routing, size = Routing(4, 2), 128
-    products = ScaledExperts(ExpertsSizes(routing, range(4), size, size), "fp8_row", 3, torch.float32, "cpu")
+    routing, size = Routing(4, 2), 256
+    products = ScaledExperts(ExpertsSizes(routing, range(4), size, size), weight_format, 3, torch.float32, "cpu")
     assert products.tile_rows(1) == 1 and products.tile_rows(2) > 1
-    gate_up, down = random_experts(4, 2 * size, size), random_experts(4, size, size)
+    blocked = weight_format == "fp8_block"
+    gate_up, down = random_experts(4, 2 * size, size, blocked), random_experts(4, size, size, blocked)
     for seed in (1, 2):
         routes = routes_of(some_logits(1, 4, False, seed), routing, products.tile_rows(1), "cpu")
         x = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
@@ -98,8 +100,10 @@ def test_one_token_takes_experts_of_8_bits_as_it_is():
             assert (rows[position] - exact).norm() / exact.norm() < 1e-5
 
 
-def random_experts(count: int, outputs: int, inputs: int) -> ExpertLinears:
-    """FP8 with scales of outputs."""
+def random_experts(count: int, outputs: int, inputs: int, blocked: bool) -> ExpertLinears:
+    """FP8 with scales of outputs or of blocks."""
     some = torch.Generator().manual_seed(outputs)
     codes = torch.randn(count * outputs, inputs, generator=some).mul(40).to(torch.float8_e4m3fn)
-    return ExpertLinears(ScaledLinear(codes, torch.rand(count * outputs, generator=some) / 500, 1, inputs), count)
+    of_blocks = (count * outputs // 128, inputs // 128)
+    scales = torch.rand(of_blocks if blocked else (count * outputs,), generator=some) / 500
+    return ExpertLinears(ScaledLinear(codes, scales, *((128, 128) if blocked else (1, inputs))), count)
