@@ -86,6 +86,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """It was refused; the client is given time to read why."""
         self._refusal: HttpRefusal | None = None
         """Why a callback has stopped the parser."""
+        self._answering: RequestResponseCycle | None = None
+        """The request that is answered; `cycle` is the latest that began to arrive."""
 
     @property
     def phase(self) -> Phase:
@@ -127,6 +129,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.remove(self)
         super().connection_lost(exc)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -198,8 +203,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self.since_s = self.loop.time()
         super().on_headers_complete()
+        if self.pipeline:  # bounded here; and a client that leaves is noticed by reading alone
+            self.flow.resume_reading()
         if version == "1.0":
             self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)

@@ -228,6 +228,24 @@ async def test_a_bad_request_behind_an_answer_is_not_answered_in_it(serve: Serve
         client.close()
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_client_that_leaves_is_noticed_though_it_asked_ahead(
+    serve: Serve, engine: FakeEngine, together: bool
+) -> None:
+    """Guards against tokens for a client that is gone, and an internal error when they are written: the server knew
+    only the latest request of a connection, and read no more once there was one ahead."""
+    running, ended = asyncio.Event(), asyncio.Event()
+    engine.script = _first_token_and_then_none(running)
+    engine.on_cancel = lambda _: ended.set()
+    async with serve() as served:
+        client = await served.connect(completion(stream=True) + LIVE * together)
+        await client.until(b"data: ")
+        await client.send(LIVE)
+        client.close()
+        await asyncio.wait_for(ended.wait(), WAIT_S)
+        await _until(lambda: served.service.metrics.failed["disconnected"]._value.get() == 1)
+
+
 @pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
 async def test_a_client_that_sends_no_more_has_left(serve: Serve, engine: FakeEngine, more: dict[str, object]) -> None:
     """Guards against prompts that are computed for clients that are gone: until something is written, one that closed
