@@ -44,7 +44,7 @@ class Cut(NamedTuple):
     """The same for each tile of B."""
     more_items: int
     """So many times as many programs go through the items of more rows."""
-    expand_numbers: int
+    expand_bytes: int
     """Of a tile of B, if that is more than 128 outputs."""
 
     def programs(self, rows: AdapterRows, of_few: int) -> int:
@@ -52,11 +52,13 @@ class Cut(NamedTuple):
         return min(len(rows.items), of_few if len(rows.order) <= FEW_ROWS else self.more_items * of_few)
 
 
-NARROW, WIDE = Cut(256, 32, 16, 1, 0), Cut(2048, 32, 64, 8, 8192)
+NARROW, WIDE = Cut(256, 32, 16, 1, 0), Cut(2048, 32, 64, 8, 1 << 14)
 CUT = NARROW
 """WIDE has more bytes on their way, and fewer items one behind another; no GPU has run it."""
 BESIDE = False
 """Whether products of plain weights begin beside what adapters add; no GPU has run it."""
+ROW_ADAPTED = False
+"""Whether a product of one row that begins so multiplies by B itself (`linear_adapted`); no GPU has run it."""
 MOST_PARTS = 3
 """Products of a site that read the same x and were put together: query, key and value."""
 
@@ -309,7 +311,7 @@ def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: boo
     require(tuple(added.hidden.shape) == (splits, num_rows, width), f"t {tuple(added.hidden.shape)} of other rows")
     require(n == site.ends[-1], f"{n} outputs, a site of {site.ends[-1]}")
     _check(bank, whole, added.hidden)
-    most = max(128, CUT.expand_numbers // bank.max_rank)
+    most = max(128, CUT.expand_bytes // (bank.max_rank * bank.numbers.element_size()))
     sizes = (size for size in (512, 256, 128, 64, 32, 16) if size <= most)
     tile_n = next((size for size in sizes if all(end % size == 0 for end in site.ends)), 0)
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")

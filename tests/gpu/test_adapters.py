@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.triton import linear, low_rank, norm
+from baton.kernels.triton import linear, linear_adapted, low_rank, norm
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -103,15 +103,26 @@ def test_products_that_add(rows, max_rank, beside):
             )
 
 
+@pytest.mark.parametrize("max_rank", [16, 64])
+def test_a_row_is_multiplied_by_its_own_adapter(max_rank):
+    """Guards the table's tiles in a chain of early launches."""
+    for shape, ends in ((QKV_8B, QKV_ENDS), (O_8B, (4096,)), (GATE_UP_8B, (14336, 28672))):
+        tiles = FASTEST[1][shape]
+        checks.check_linear_adapted_row(
+            GPU, BF16, RANKS[max_rank], max_rank, tiles, ends, 4096, fused=shape.fused, pdl=True
+        )
+
+
 @pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
-@pytest.mark.parametrize("rows", [1, 8, 32, 64])
-def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monkeypatch, rows, cut):
+@pytest.mark.parametrize(("rows", "by_itself"), [(1, True), (1, False), (8, False), (32, False), (64, False)])
+def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monkeypatch, rows, by_itself, cut):
     """Guards against a product that begins before x is there, and one that adds what another is still writing: layers
     in a captured chain of early launches have the bits that they have one after the other."""
     monkeypatch.setattr(low_rank, "CUT", cut)
     queue, num_layers, size = CudaQueue(0), 24, 4096
     adapters = checks.Adapters.make(RANKS[16], 16, size, (size,), BF16, GPU)
-    grouped = checks.group(checks.some_adapters(rows, 4, GPU), 4)
+    named = checks.some_adapters(rows, 4, GPU) if rows > 1 else torch.zeros(1, dtype=torch.int32, device=GPU)
+    grouped = checks.group(named, 4)
     tiles = FASTEST[min(most for most in FASTEST if rows <= most)][O_8B]
     splits = low_rank.splits_of(size, rows, deterministic=False)
     hidden = torch.zeros(splits, rows, 16, device=GPU)
@@ -131,7 +142,10 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monke
             added = low_rank.shrink(
                 normed, adapters.bank, adapters.site, grouped, hidden, memory, beside=beside, pdl=pdl
             )
-            linear.linear(normed, weight, None, tiles, out, added=added.apart(pdl=pdl), pdl=pdl)
+            if by_itself:
+                linear_adapted.linear_adapted_row(normed, weight, None, tiles, out, added, pdl=pdl)
+            else:
+                linear.linear(normed, weight, None, tiles, out, added=added.apart(pdl=pdl), pdl=pdl)
 
     torch.cuda.synchronize()
     queue.enqueue(lambda: layers(beside=False, pdl=False))

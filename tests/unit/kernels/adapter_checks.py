@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels import reference
-from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank, whole_weights
+from baton.kernels.triton import adapter_rows, linear, linear_adapted, linear_policy, low_rank, whole_weights
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -177,6 +177,37 @@ def check_linear_added(
             added=added_to(adapters, some, of_rows[kept]).apart(pdl=False),
         )
         assert torch.equal(fewer, out[..., kept, :])
+
+
+def check_linear_adapted_row(
+    device: str,
+    dtype: torch.dtype,
+    ranks: list[int],
+    max_rank: int,
+    tiles: linear_policy.Tiles,
+    ends: tuple[int, ...],
+    k: int,
+    fused: bool = False,
+    pdl: bool = False,
+) -> None:
+    """A row of each adapter, and one without, which has the bits of the product alone."""
+    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
+    n = ends[-1] // 2 if fused else ends[-1]
+    x, weight = randn((1, k), dtype, device), (randn((ends[-1], k), torch.float32, device, 1) / k**0.5).to(dtype)
+    bias = None if fused else randn((n,), dtype, device, 2)
+    for slot in range(-1, len(ranks)):
+        of_rows = torch.full((1,), slot, dtype=torch.int32, device=device)
+        exact = F.linear(x.double(), weight.double()) + adapters.delta(x, of_rows)
+        exact = F.silu(exact[:, :n]) * exact[:, n:] if fused else exact + bias.double()
+        out = poison((1, n), dtype, device)
+        added = added_to(adapters, x, of_rows, beside=True, pdl=pdl)
+        linear_adapted.linear_adapted_row(x, weight, bias, tiles, out, added, fused=fused, pdl=pdl)
+        bound = 4 * max(error(exact.to(dtype), exact), 1e-5)
+        assert error(out, exact) <= bound, f"error {error(out, exact):.2e}, allowed {bound:.2e}"
+        if slot < 0:
+            alone = poison((1, n), dtype, device)
+            linear.linear(x, weight, bias, tiles, alone, fused=fused, pdl=pdl)
+            assert torch.equal(out, alone)
 
 
 def check_whole_weights(device: str, dtype: torch.dtype, rows: int, num_slots: int, hidden: int, vocab: int) -> None:

@@ -651,6 +651,21 @@ def adapted_linears(rows: int, late: bool = False) -> None:
         linear.linear(empty(rows, 4096), weight, None, tiles, out, fused=shape.fused, added=added, pdl=True)
 
 
+def adapted_row() -> None:
+    """The products of one row that multiply by B themselves."""
+    from baton.kernels.triton import adapter_rows, linear_adapted, linear_policy, low_rank
+
+    bank, of_row = adapter_bank(16), adapter_rows.AdapterRows.make(1, 32, "meta")
+    shapes = linear_policy.QKV_8B, linear_policy.O_8B, linear_policy.GATE_UP_8B, linear_policy.DOWN_8B
+    for shape, ends in zip(shapes, ((4096, 5120, 6144), (4096,), (14336, 28672), (4096,)), strict=True):
+        tiles, k = linear_policy.fastest(1, shape), shape.inputs
+        site = low_rank.BankSite(5, 16, 32, k, ends)
+        hidden = empty(low_rank.splits_of(k, 1, deterministic=False), 1, bank.rank_width(site), dtype=torch.float32)
+        added = low_rank.AddedProduct(bank, site, of_row, hidden, empty(ends[-1]), beside=True)
+        weight, out = empty(ends[-1], k), empty(1, shape.outputs)
+        linear_adapted.linear_adapted_row(empty(1, k), weight, None, tiles, out, added, fused=shape.fused, pdl=True)
+
+
 def whole_weights_of_adapters() -> None:
     from baton.kernels.triton import whole_weights
 
@@ -759,6 +774,7 @@ CASES: dict[str, Callable[[], None]] = {
     "adapted_linear_1": lambda: adapted_linears(1),
     "adapted_linear_16": lambda: adapted_linears(16),
     "adapted_linear_64": lambda: adapted_linears(64),
+    "adapted_row": adapted_row,
     "late_linear_1": lambda: adapted_linears(1, late=True),
     "late_linear_16": lambda: adapted_linears(16, late=True),
     "late_linear_32": lambda: adapted_linears(32, late=True),

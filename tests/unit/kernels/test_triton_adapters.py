@@ -64,6 +64,13 @@ def test_a_product_of_gate_and_up(device, tiles, rows, beside):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_multiplied_by_its_own_adapter(device, dtype):
+    """Guards against another part's or adapter's matrices, ranks below the largest, and up's for gate."""
+    checks.check_linear_adapted_row(device, dtype, [32, 16, 0], 32, Tiles(8, 64, 0, 1, 1), (64, 96, 128), k=128)
+    checks.check_linear_adapted_row(device, dtype, [16, 32], 32, Tiles(8, 64, 0, 1, 1), (64, 128), k=128, fused=True)
+
+
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 21), (torch.bfloat16, 3)])
 def test_whole_weights_take_the_place_of_the_model_s(device, dtype, rows):
     """Guards against another slot's tables, rows past the last tile, and what a slot held before."""

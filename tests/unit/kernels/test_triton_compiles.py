@@ -272,6 +272,7 @@ def test_what_adapters_add_uses_matrix_instructions_and_fits(kernels):
     assert len(rows) == 2 and all(kernel["registers"] <= 64 for kernel in rows)
     assert head["wgmma"] and head["registers"] <= 168 and 3 * (head["shared_bytes"] + 1024) <= 227 * 1024
     assert all(kernel["registers"] <= 128 for kernel in kernels["adapted_linear_1"] + kernels["late_linear_1"])
+    assert len(kernels["adapted_row"]) == 4 and all(kernel["registers"] <= 128 for kernel in kernels["adapted_row"])
     of_rows = {"adapted_linear_16": 2, "adapted_linear_64": 1, "late_linear_16": 2, "late_linear_32": 2}
     for case, programs in (of_rows | {"late_linear_64": 1}).items():
         qkv, gate_up = kernels[case]

@@ -11,13 +11,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton import low_rank
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda import adapter_steps, step_products
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import Policy, fastest, untuned
+from baton.models.cuda.products import Policy, dense, fastest, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.node.errors import AdapterError
@@ -108,6 +110,32 @@ def test_logits_and_tokens_of_mixed_batches_equal_those_of_merged_weights(served
     alone = one_after_the_other
     assert run.generated(0)[:2] == alone(served.by_adapter[None], PROMPTS[1], TABLES[0], 2)
     assert run.generated(1)[:2] == alone(served.by_adapter[0], PROMPTS[2], TABLES[1], 2)
+
+
+def one_row_apart(num_rows: int, shape: ProductShape) -> Tiles:
+    """As in_two, with the kernel for a single row."""
+    return Tiles(8, 16, 0, 1, 1) if num_rows == 1 else in_two(num_rows, shape)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_of_products_beside_what_adapters_add(make_model, monkeypatch, family):
+    """Guards the ways that no constant chooses yet: sums that are added late, work that is cut wide, and a row that is
+    multiplied by its adapter in the product."""
+    for module in (low_rank, adapter_steps):
+        monkeypatch.setattr(module, "CUT", low_rank.WIDE)
+    monkeypatch.setattr(step_products, "BESIDE", True)
+    monkeypatch.setattr(dense, "ROW_ADAPTED", True)
+    served = Served(make_model(family, num_hidden_layers=2, vocab_size=160).folder, one_row_apart, mixed_tokens=4)
+    served.check_logits()
+    for slot in (0, 2):
+        run = Ahead(served.late)
+        run.adapters = NAMED
+        run.start(slot, PROMPTS[slot], TABLES[slot])
+        while run.computed[slot] < len(PROMPTS[slot]):
+            run.launch([slot], 9)
+        run.launch([slot])
+        run.launch([slot])
+        assert run.generated(slot)[:3] == served.expected(slot, 3)
 
 
 @pytest.mark.parametrize(
