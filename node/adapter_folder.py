@@ -55,6 +55,8 @@ NEUTRAL = (
     "eva_config",
 )
 """Fields that say how it was trained, or where."""
+INPUT_NAME = "embed_tokens"
+"""Of the module that a list in `trainable_token_indices` is of."""
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 """What names in `target_parameters` may end in, beside weights of modules."""
 INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -75,11 +77,14 @@ class AdapterConfig:
     """DoRA: rows of the changed weights have lengths of their own (arXiv:2402.09353)."""
     weights: frozenset[str] = frozenset()
     """Ends of names, such as mlp.gate.weight: what patterns name in the place of these modules."""
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Of the embedding or the head, by its own name, the tokens whose rows are there, in this order."""
 
     @property
     def largest_rank(self) -> int:
-        """That any module may have."""
-        return max(self.rank, *(rank for _, rank in self.rank_pattern), 0)
+        """That any module may have; rows of tokens count one each."""
+        rows = (len(tokens) for _, tokens in self.tokens)
+        return max(self.rank, *(rank for _, rank in self.rank_pattern), *rows, 0)
 
     def ranks_of(self, names: Mapping[str, str]) -> dict[str, int]:
         """By module. names: of each, in the model that was trained, such as model.layers.3.self_attn.q_proj. Raises
@@ -106,6 +111,8 @@ class AdapterConfig:
         ]
         if self.weights and (self.rank_pattern or self.alpha_pattern):
             fields.append(sorted(self.weights))
+        if self.tokens:
+            fields.append(dict(self.tokens))
         return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
 
     def _adapted(self, names: Mapping[str, str]) -> dict[str, str]:
@@ -183,7 +190,7 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
     if not isinstance(parameters, list) or not all(_is_adapted(each) for each in parameters):
         ends = ", ".join(EXPERT_PARAMETERS)
         raise _wrong(where, fields, "target_parameters", f"names that end in {ends} or .weight")
-    known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights", "target_parameters"}
+    known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights", "target_parameters", "trainable_token_indices"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", [], {}):
             raise AdapterError(f"{where}: {excerpt(name, 80)!r} is not supported, is {excerpt(value, 80)}")
@@ -201,6 +208,7 @@ def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
         rank_stabilised=bool(fields.get("use_rslora", False)),
         has_magnitudes=bool(fields.get("use_dora", False)),
         weights=frozenset(each for each in parameters if each.endswith(".weight")),
+        tokens=_tokens(where, fields, "trainable_token_indices"),
     )
 
 
@@ -208,6 +216,23 @@ def _is_adapted(parameter: object) -> bool:
     if not isinstance(parameter, str):
         return False
     return parameter.endswith(".weight") or parameter.rpartition(".")[2] in EXPERT_PARAMETERS
+
+
+def _tokens(where: str, fields: dict[str, Any], name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    value = fields.get(name) or {}
+    by_module = {INPUT_NAME: value} if isinstance(value, list) else value
+    if not isinstance(by_module, dict) or not all(map(_is_tokens, by_module.values())):
+        raise _wrong(where, fields, name, f"lists of 1 to {MAX_RANK} different tokens")
+    found = {module.rpartition(".")[2]: tuple(tokens) for module, tokens in by_module.items()}
+    if len(found) < len(by_module):
+        raise _wrong(where, fields, name, "of modules with different names")
+    return tuple(sorted(found.items()))
+
+
+def _is_tokens(value: object) -> bool:
+    if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+        return False
+    return 1 <= len(value) <= MAX_RANK and len(set(value)) == len(value)
 
 
 def _rank(where: str, fields: dict[str, Any], name: str, value: object) -> int:

@@ -24,9 +24,9 @@ from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
-from baton.models.adapters.base_rows import rows_of_folder
+from baton.models.adapters.base_rows import rows_of_folder, unknown_rows
 from baton.models.adapters.fills import PreparedAdapter
-from baton.models.adapters.peft import read_adapter, unknown_rows
+from baton.models.adapters.peft import read_adapter
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.fallback.config import model_config

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from baton.models.adapters.modules import EMBEDDING, LM_HEAD
-from baton.models.adapters.peft import BaseRows
 from baton.models.checkpoint import Checkpoint
+
+BaseRows = Callable[[str, "list[int] | None"], "torch.Tensor | None"]
+"""Rows of a weight of the model by its name in the checkpoint, [rows, inputs], or all; None: it is not known."""
+
+
+def unknown_rows(name: str, rows: list[int] | None) -> torch.Tensor | None:
+    """BaseRows of a model whose weights are made up."""
+    return None
 
 
 def rows_of_folder(folder: Path, tied: bool) -> BaseRows:

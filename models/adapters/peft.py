@@ -7,17 +7,13 @@ what the digest covers is what is used.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import struct
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from baton.models.adapters.adapter import (
     AdaptedProduct,
@@ -26,6 +22,7 @@ from baton.models.adapters.adapter import (
     LowRank,
     Parts,
 )
+from baton.models.adapters.base_rows import BaseRows, unknown_rows
 from baton.models.adapters.expert_modules import (
     ExpertPlace,
     ParameterPlace,
@@ -47,14 +44,13 @@ from baton.models.adapters.modules import (
     norm_numbers,
     reason_not_adapted,
 )
+from baton.models.adapters.tensors import checked, read_tensors
+from baton.models.adapters.token_rows import take_token_rows
 from baton.models.config import ModelConfig
 from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
 from baton.node.errors import AdapterError
 from baton.node.telemetry import excerpt, log_event
 
-MAX_TENSORS, MAX_HEADER_BYTES = 120_000, 32 << 20
-"""Pairs of each projection of 256 experts in 58 layers are 89,088 tensors."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PairPlace: TypeAlias = "Place | ExpertPlace | ParameterPlace"
 FORMS = {  # what a tensor's name ends in: the side of the pair
     ".lora_A.weight": "a",
@@ -69,19 +65,11 @@ FIRST_ROWS = 64
 
 logger = logging.getLogger("adapters")
 
-BaseRows = Callable[[str, "list[int] | None"], "torch.Tensor | None"]
-"""Rows of a weight of the model by its name in the checkpoint, [rows, inputs], or all; None: it is not known."""
-
-
-def unknown_rows(name: str, rows: list[int] | None) -> torch.Tensor | None:
-    """Of a model whose weights are made up."""
-    return None
-
 
 def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknown_rows) -> Adapter:
     """Raises AdapterError, which names the tensor or the field."""
     adapter_config = read_adapter_config(folder)
-    found, weights_digest = _read_tensors(weights_file(folder))
+    found, weights_digest = read_tensors(weights_file(folder))
     tensors = {name: tensor for name, tensor in found.items() if not is_of_images(name)}
     if len(tensors) < len(found):
         num_left_out = len(found) - len(tensors)
@@ -89,34 +77,27 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     places = adapted_modules(config)
     wholes = _take_wholes(tensors, places, base_rows)
     norms = _take_norms(tensors, config)
+    token_rows = take_token_rows(tensors, config, dict(adapter_config.tokens), base_rows)
     wrappers = expert_parameters(config)
     pair_places: dict[str, PairPlace] = {**places, **cpu_modules(config), **expert_modules(config)}
     pairs, names = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
     _name_parameters(pairs, names, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):
         raise AdapterError(f"module {both[0]}: has a low-rank pair beside a whole weight that is not the model's own")
-    if not pairs and not wholes and not norms:
+    if both := sorted(token_rows.keys() & (wholes.keys() | pairs.keys())):
+        raise AdapterError(f"module {both[0]}: has a low-rank pair or a whole weight beside rows of tokens")
+    if not pairs and not wholes and not norms and not token_rows:
         raise AdapterError("the weights hold no pair of lora_A and lora_B of the decoder")
     assembler = _Assembler(config, adapter_config, pair_places, base_rows)
     adapter = assembler.adapter(pairs, names, adapter_config.digest(weights_digest))
-    return replace(adapter, whole_embedding=wholes.get(EMBEDDING), whole_head=wholes.get(LM_HEAD), norms=norms)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
-    (header_bytes,) = struct.unpack("<Q", data[:8].ljust(8, b"\0"))
-    if header_bytes > MAX_HEADER_BYTES:
-        raise AdapterError(f"{path}: not a whole safetensors file: a header of {header_bytes} bytes")
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file: {excerpt(error)}") from None
-    if len(tensors) > MAX_TENSORS:
-        raise AdapterError(f"{path}: {len(tensors)} tensors, at most {MAX_TENSORS} are read")
-    return tensors, hashlib.sha256(data).digest()
+    return replace(
+        adapter,
+        embedding=token_rows.get(EMBEDDING, adapter.embedding),
+        lm_head=(token_rows[LM_HEAD],) if LM_HEAD in token_rows else adapter.lm_head,
+        whole_embedding=wholes.get(EMBEDDING),
+        whole_head=wholes.get(LM_HEAD),
+        norms=norms,
+    )
 
 
 def _take_wholes(
@@ -130,7 +111,7 @@ def _take_wholes(
         module = short.removesuffix(".weight").removesuffix(".base_layer")
         if not short.endswith(".weight") or module not in (EMBEDDING, LM_HEAD):
             continue
-        place, tensor = places[module], _checked(name, tensors.pop(name), 2)
+        place, tensor = places[module], checked(name, tensors.pop(name), 2)
         assert isinstance(place, AdaptedProduct), "of the vocabulary"
         shape = [place.num_outputs, place.num_inputs]
         if list(tensor.shape) != shape:
@@ -155,7 +136,7 @@ def _take_norms(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[i
     for name in sorted(tensors):
         number = numbers.get(name_in_decoder(name).removesuffix(".weight"))
         if number is not None:
-            tensor = _checked(name, tensors.pop(name), 1)
+            tensor = checked(name, tensors.pop(name), 1)
             if len(tensor) != config.hidden_size or number in found:
                 raise AdapterError(f"tensor {excerpt(name)}: is there twice, or not {[config.hidden_size]}")
             found[number] = tensor
@@ -194,7 +175,7 @@ def _pairs(
         pair = pairs.setdefault(module, {})
         if FORMS[ending] in pair:
             raise AdapterError(f"tensor {excerpt(name)}: is there twice, under two names")
-        pair[FORMS[ending]] = _checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
+        pair[FORMS[ending]] = checked(name, tensor, 1 if FORMS[ending] == "magnitude" else 2)
         names[module] = name.removeprefix(PREFIX).removesuffix(ending)
     return pairs, names
 
@@ -231,21 +212,9 @@ def _kind(name: str) -> str:
     """What PEFT saves under such a name."""
     if name.endswith(".lora_B.bias"):
         return "a bias of lora_B"
-    if "trainable_tokens" in name:
-        return "trained rows of the embedding"
     if name.endswith((".weight", ".bias")):
         return "a whole weight (modules_to_save) of neither the embedding, the head nor a norm that can be replaced"
     return "no part of a low-rank adapter"
-
-
-def _checked(name: str, tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
-    """Numbers that are not finite would spoil blocks that other sequences get later."""
-    if tensor.dtype not in DTYPES or tensor.dim() != dimensions:
-        kind = "matrix" if dimensions == 2 else "vector"
-        raise AdapterError(f"tensor {excerpt(name)}: is {tensor.dtype} {list(tensor.shape)}, not a {kind} of floats")
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(f"tensor {excerpt(name)}: has numbers that are not finite")
-    return tensor
 
 
 class _Assembler:

@@ -210,7 +210,7 @@ class BankSlots:
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
         if adapter.embedding is not None or adapter.lm_head:
-            raise AdapterError("adapts the embedding or the head by pairs, which only a CPU computes with")
+            raise AdapterError("adapts the embedding or the head by pairs, or of some tokens, which only a CPU does")
         if adapter.wholes and self._whole_shape is None:
             raise AdapterError(
                 "has an embedding, a head or norms of its own (modules_to_save), for which slots on a GPU have room "

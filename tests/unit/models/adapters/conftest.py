@@ -38,7 +38,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., MadeAdapter]:
         for parameter_name, parameter in adapted.named_parameters():
             if "magnitude" in parameter_name:
                 parameter.data = parameter.data * (1 + torch.rand_like(parameter))
-            elif "lora_" in parameter_name or "modules_to_save" in parameter_name:
+            elif any(part in parameter_name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
                 parameter.data = torch.randn_like(parameter) * 0.15
         folder = tmp_path / "adapters" / name
         adapted.save_pretrained(folder)

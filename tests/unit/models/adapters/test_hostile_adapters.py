@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ CONFIG = ModelConfig.from_folder(DEMO)
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj."
 A, B = f"{QUERY}lora_A.weight", f"{QUERY}lora_B.weight"
 HIDDEN = CONFIG.hidden_size
+
+
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 def pair(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -84,9 +88,13 @@ TENSORS = {
     ),
     "magnitude": (pair(**{f"{QUERY}lora_magnitude_vector": torch.ones(1)}), "has a magnitude, or has none"),
     "bias of b": (pair(**{f"{QUERY}lora_B.bias": torch.ones(1)}), "a bias of lora_B"),
-    "trained rows": (
-        pair(**{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1)}),
-        "trained rows",
+    "rows of no tokens": (
+        pair(**{ROWS: torch.ones(1, HIDDEN)}),
+        "trainable_tokens_delta: rows of tokens that 'trainable_token_indices' does not name",
+    ),
+    "copy below rows of tokens": (
+        pair(**{ROWS.replace("trainable_tokens_delta", "base_layer.weight"): torch.ones(CONFIG.vocab_size, HIDDEN)}),
+        "token_adapter.base_layer.weight: is a whole weight",
     ),
     "nothing known": (pair(strange=torch.ones(1)), "tensor strange: is no part"),
     "not finite": (pair(**{B: torch.full((HIDDEN, 8), float("nan"))}), "not finite"),
@@ -125,6 +133,13 @@ FIELDS = {
     "parameters that are no list": ({"target_parameters": {"mlp.gate.weight": 1}}, "'target_parameters' must be"),
     "a parameter that is no name": ({"target_parameters": [["mlp.gate.weight"]]}, "'target_parameters' must be"),
     "pattern that is none behind a name's start": ({"rank_pattern": {"(?i)q_proj": 4}}, "no pattern of module names"),
+    "tokens twice": ({"trainable_token_indices": [3, 3]}, "'trainable_token_indices' must be lists of 1 to 4096"),
+    "no tokens": ({"trainable_token_indices": {"embed_tokens": []}}, "'trainable_token_indices' must be lists"),
+    "tokens that are no numbers": ({"trainable_token_indices": [True, -1]}, "'trainable_token_indices' must be lists"),
+    "two modules of a name": (
+        {"trainable_token_indices": {"embed_tokens": [1], "model.embed_tokens": [2]}},
+        "'trainable_token_indices' must be of modules with different names",
+    ),
     "broken pattern": ({"alpha_pattern": {"(": 1}}, "no pattern of module names"),
 }
 
@@ -195,6 +210,28 @@ def test_pairs_of_experts_of_other_shapes_are_refused(
         written[f"{EXPERTS}{name}lora_B.weight"] = torch.ones(outputs, ranks)
     with pytest.raises(AdapterError, match=expected):
         read_adapter(write(tmp_path, written), config)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tensors", "expected"),
+    [
+        ([1, 2], pair(), "'trainable_token_indices' has tokens of embed_tokens, and no tensor has rows"),
+        ([1, 2], pair(**{ROWS: torch.ones(3, HIDDEN)}), r"is \[3, 256\], by the model .* \[2, 256\], of tokens below"),
+        ([4096], pair(**{ROWS: torch.ones(1, HIDDEN)}), "of tokens below 4096"),
+        ([1], pair(**{ROWS: torch.full((1, HIDDEN), float("nan"))}), "tokens_delta: has numbers that are not finite"),
+        ({"lm_head": [1]}, {ROWS.replace("model.embed_tokens", "lm_head"): torch.ones(1, HIDDEN)}, "does not name"),
+        (
+            [1],
+            {ROWS: torch.ones(1, HIDDEN), "model.embed_tokens.weight": torch.ones(CONFIG.vocab_size, HIDDEN)},
+            "model.embed_tokens: has a low-rank pair or a whole weight beside rows of tokens",
+        ),
+    ],
+)
+def test_rows_of_tokens_that_do_not_fit_are_refused(
+    tokens: object, tensors: dict[str, torch.Tensor], expected: str, tmp_path: Path
+) -> None:
+    """Guards against rows in the place of other tokens. The head of this model is its embedding."""
+    assert re.search(expected, error_of(write(tmp_path, tensors, trainable_token_indices=tokens)))
 
 
 ROUTER = "base_model.model.model.layers.0.mlp.gate.lora_"
@@ -301,6 +338,15 @@ def test_an_adapter_is_its_content(tmp_path: Path) -> None:
     assert len({each.digest for each in facts}) == 3
     assert facts[0].digest == facts[1].digest == read_adapter(folders[0], CONFIG).digest
     assert facts[0].rank == 8
+
+
+def test_which_tokens_have_rows_is_content(tmp_path: Path) -> None:
+    """Guards against KV of an adapter for another one with the same rows, and ranks that slots have no room for."""
+    facts = []
+    for tokens in ([], [*range(9)], [*range(1, 10)], {"embed_tokens": [*range(9)]}):
+        facts.append(read_facts(write(tmp_path, pair(), trainable_token_indices=tokens)))
+    assert len({each.digest for each in facts}) == 3 and facts[1].digest == facts[3].digest
+    assert [each.rank for each in facts] == [8, 9, 9, 9]
 
 
 def test_what_patterns_name_is_content(tmp_path: Path) -> None:

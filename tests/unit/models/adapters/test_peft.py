@@ -69,6 +69,21 @@ ADAPTERS = {
         {"tie_word_embeddings": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
+    "rows of tokens": (
+        "llama",
+        {},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [90, 3], "lm_head": [5, 130, 9]}},
+    ),
+    "rows of tokens of a tied model, scaled": (
+        "gemma",
+        {"tie_word_embeddings": True},
+        {"target_modules": ["v_proj"], "trainable_token_indices": list(range(1, 131, 9))},
+    ),
+    "rows of tokens beside an own head": (
+        "qwen2",
+        {},
+        {"target_modules": ["v_proj"], "trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
+    ),
     "merged projections": ("phi3", {"pad_token_id": 0}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "magnitudes (DoRA)": ("llama", {}, {"target_modules": [*ATTENTION, "gate_proj", "lm_head"], "use_dora": True}),
     "magnitudes of merged projections": (
@@ -187,6 +202,7 @@ ADAPTERS = {
 STAGES = [
     ("embedding and head", 1),
     ("own norms, embedding", 2),
+    ("rows of tokens of a tied model, scaled", 1),
     ("routers by patterns, gates of shared experts, all linear", 1),
 ]
 """With so many ranks each."""
@@ -306,6 +322,7 @@ def test_a_quantised_model_takes_adapters(make_model, make_adapter, sequences, p
         ("rsLoRA, biased", 2),
         ("embedding and head", 2),
         ("own embedding and head", 2),
+        ("rows of tokens", 2),
         ("own norms, embedding", 2),
         ("merged projections", 2),
         ("magnitudes (DoRA)", 2),
@@ -357,7 +374,8 @@ def test_tokens_of_stages_equal_peft(name, ranks, make_model, make_adapter, prom
     adapter = make_adapter(made.reference, **options)
     pipeline = Pipeline(made.folder, 2, ranks, max_loras=1, max_lora_rank=16)
     pipeline.bind_pools()
-    read = read_adapter(adapter.folder, ModelConfig.from_folder(made.folder))
+    base_rows = rows_of_folder(made.folder, made.reference.config.tie_word_embeddings)
+    read = read_adapter(adapter.folder, ModelConfig.from_folder(made.folder), base_rows)
     for stage in pipeline.stages:
         if isinstance(stage, RankThreads):
             stage.fill(0, read)
