@@ -47,19 +47,27 @@ class OneAtATime:
         self._barrier = threading.Barrier(count, timeout=MEET_S)
 
     def meet(self) -> None:
+        self.wait(self._barrier.wait)
+
+    def wait(self, call: Callable[[], T]) -> T:
+        """`call`, which waits for what the others do meanwhile."""
         self._lock.release()
         try:
-            self._barrier.wait()
+            return call()
         finally:
             self._lock.acquire()
 
     def run(self, call: Callable[[], T]) -> T:
-        try:
-            with self._lock:
-                return call()
-        except BaseException:
+        with self:
+            return call()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             self._barrier.abort()
-            raise
+        self._lock.release()
 
 
 class DeviceRanks:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,17 +18,11 @@ from baton.models.partition import Rank, part_of
 from baton.node.modelhub import locate_model
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.merged import random_adapter, with_wholes
+from baton.tests.unit.worker.ranks.fake_gpus import build_ranks, device
 from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, ModelPart, RankStart, SharedBytes, decode, encode
 
-with pytest.MonkeyPatch.context() as patch:
-    if find_spec("cuda") is None:  # only GPUs need it
-        bindings = ModuleType("cuda.bindings")
-        bindings.__dict__["runtime"] = ModuleType("cuda.bindings.runtime")
-        patch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-        patch.setitem(sys.modules, "cuda.bindings", bindings)
-    from baton.worker import build_ranks
-    from baton.worker.ranks import device
-    from baton.worker.ranks.device import DeviceRank, bank_shape, device_layout, join_on_device
+DeviceRank, bank_shape, device_layout = device.DeviceRank, device.bank_shape, device.device_layout
+join_on_device = device.join_on_device
 
 GPUS = (3, 5)
 
