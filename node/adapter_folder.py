@@ -115,13 +115,17 @@ class AdapterConfig:
             fields.append(dict(self.tokens))
         return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
 
-    def _adapted(self, names: Mapping[str, str]) -> dict[str, str]:
+    def _adapted(self, names: Mapping[str, str]) -> Mapping[str, str]:
         """By module, what PEFT compares patterns with."""
+        if not self.weights:
+            return names
         return {module: f"{name}.weight" if self._adapts_weight(name) else name for module, name in names.items()}
 
     def _adapts_weight(self, name: str) -> bool:
-        parts = [*name.split("."), "weight"]
-        return not self.weights.isdisjoint(".".join(parts[first:]) for first in range(len(parts)))
+        end = f"{name}.weight"
+        while end and end not in self.weights:
+            end = end.partition(".")[2]
+        return end != ""
 
 
 @dataclass(frozen=True, slots=True)

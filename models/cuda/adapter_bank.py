@@ -221,7 +221,8 @@ class BankSlots:
         if experts := _expert_bytes(adapter, self.bank.numbers.dtype):
             raise AdapterError(
                 f"adapts routed experts, which only a CPU computes with: their pairs are {experts:,} bytes, a slot has "
-                f"{self.bank.numbers[0].nbytes:,} and room for none of them"
+                f"{self.bank.numbers[0].nbytes:,} and room for none of them; leave them out of target_modules and "
+                "target_parameters"
             )
         for module, (number, product) in self._layout.cpu_modules.items():
             if adapter.layers[number].product(product):

@@ -171,6 +171,11 @@ ADAPTERS = {
         {"target_parameters": [GATE, *BOTH], "r": 2},
     ),
     "routers by groups": ("deepseek_v2", LATENT, {"target_modules": ["gate", "o_proj"]}),
+    "experts of one layer beside all attention": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        {"target_modules": ALL, "target_parameters": [f"1.{parameter}" for parameter in BOTH]},
+    ),
     "experts behind a dense layer, beside a shared one": (
         "deepseek_v3",
         LATENT | {"head_dim": 16},
