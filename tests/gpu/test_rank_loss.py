@@ -31,7 +31,7 @@ from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
 from baton.tests.gpu.test_rank_processes import TWO_GPUS, WORKER
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 NAME = "decode-1"
 """The worker of two ranks; decode-0 has one."""
@@ -190,6 +190,7 @@ def test_streams_outlive_a_worker_that_loses_a_rank(cluster: Cluster, rank: int,
         if fault == signal.SIGSTOP:
             assert f"rank {rank} does not answer" in log(), "found by its process, not by the GPU's clock"
         assert metrics(cluster).total("baton:retries_total") > retries, "the worker had streams"
-        print(json.dumps({"fault": f"{fault.name} {rank}", "ended_s": noticed_s, "streams_s": answered_s}))
+        seconds = {"ended_s": round(noticed_s, 2), "streams_s": round(answered_s, 2)}
+        print(json.dumps({"fault": f"{fault.name} of rank {rank}"} | seconds))
         cluster.revive()
         assert [each.answer() for each in begin(cluster, case)] == answers, "tokens without the fault"

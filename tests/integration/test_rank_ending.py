@@ -53,6 +53,8 @@ def join_on_device(start, peers, control, load_s):
 
 sys.modules["baton.worker.ranks.device"] = device = ModuleType("device")
 device.join_on_device = join_on_device
+from baton.worker.ranks import ending
+ending.GIVE_UP_S = 5.0  # of a busy machine
 from baton.worker.ranks.__main__ import main
 sys.exit(main(sys.argv[1:2]))
 """
@@ -151,3 +153,6 @@ def test_ranks_end_when_rank_0_is_frozen(make: Callable[..., Group]) -> None:
         control.send(encode(RankBeat()))
     for rank in (1, 2):
         group.demand_end(rank)
+    assert not group.gave_up.is_set()
+    group.ranks.close()
+    assert group.gave_up.is_set(), "or rank 0 waits for its own kernels when it frees what they use"

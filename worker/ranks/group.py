@@ -59,7 +59,7 @@ class RankGroup:
                 link.close()
         self.give_up: Callable[[], None] | None = None
         """Of ranks on GPUs: ends waits of rank 0's kernels for others. Such ranks follow rank 0's beats."""
-        self._watch = MemberWatch(self._controls, self.links, self._on_lost)
+        self._watch = MemberWatch(self._controls, self.links, self._end_waits)
 
     def peers(self, vocab_size: int) -> ProcessPeers:
         """Of rank 0."""
@@ -86,7 +86,7 @@ class RankGroup:
         if self.give_up is not None:
             threading.Thread(target=beat, args=(self._controls,), name="beat", daemon=True).start()
 
-    def _on_lost(self) -> None:
+    def _end_waits(self) -> None:
         if self.give_up is not None:
             self.give_up()
 
@@ -103,8 +103,11 @@ class RankGroup:
         self._watch.end()
         for link in (*self._controls, *self.links):
             link.shut()
-        reap(self._processes)
-        self._watch.join()
+        try:
+            self._end_waits()  # else memory that is freed next would wait for kernels of a step that others do not join
+        finally:
+            reap(self._processes)
+            self._watch.join()
 
 
 def start_ranks(
