@@ -204,6 +204,15 @@ class Cluster:
         """A counter of the proxy's engine, such as "retries"."""
         return self._sum(f"baton:{name}_total")
 
+    def retries(self) -> float:
+        """Attempts that were followed by others, but for those on workers that were silent for a while: a busy machine
+        holds up one that is not meant to fail."""
+        while True:  # until none fails between the readings
+            silent = self._silent_attempts()
+            retries = self.counter("retries")
+            if silent == self._silent_attempts():
+                return retries - silent
+
     def gauge(self, name: str) -> float:
         """A gauge of the proxy's engine, such as "queued_requests"."""
         return self._sum(f"baton:{name}")
@@ -267,6 +276,10 @@ class Cluster:
         return Stream(self.stream(prompt, **body))
 
     # -- internals
+
+    def _silent_attempts(self) -> int:
+        logs = [self.nodes.log(name) for name in self.nodes.names() if name.startswith("proxy")]
+        return sum("attempt_ended" in line and "was lost: silent" in line for log in logs for line in log.splitlines())
 
     def _sockets(self, name: str) -> list[tuple[int, str]]:
         """Local port and state of each TCP socket of a process, from /proc."""

@@ -177,10 +177,10 @@ class TestTwoOfEachRole:
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 4)
-        retries = cluster.counter("retries")
+        retries = cluster.retries()
         cluster.nodes.kill("prefill-0")
         demand_undisturbed(cluster, requests, streams)
-        assert cluster.counter("retries") == retries
+        assert cluster.retries() == retries
 
     def test_decode_killed_mid_stream(self, cluster: Cluster) -> None:
         """Guards the new attempt: it continues after the accepted tokens; none is lost, doubled or sampled again."""
@@ -259,7 +259,7 @@ class TestTwoOfEachRole:
         requests = lasting(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
-        retries = cluster.counter("retries")
+        retries = cluster.retries()
         leaving = wait_busy(cluster, "d")
         for name in (leaving, "prefill-0"):
             cluster.nodes.signal(name, signal.SIGTERM)
@@ -268,7 +268,7 @@ class TestTwoOfEachRole:
         for name in (leaving, "prefill-0"):
             assert cluster.nodes.wait_end(name) == 0
         demand_undisturbed(cluster, requests, streams)
-        assert cluster.counter("retries") == retries
+        assert cluster.retries() == retries
 
     def test_proxy_killed_and_restarted(self, cluster: Cluster) -> None:
         """Guards against orphaned requests: workers drop those of a restarted proxy and register again."""

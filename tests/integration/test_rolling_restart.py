@@ -87,7 +87,7 @@ def test_no_request_breaks_when_workers_and_a_proxy_are_replaced_in_turn(tmp_pat
     with Cluster(2, 2, proxies=2, decode_step_s=0.02, log_folder=tmp_path) as cluster, under_load(cluster) as load:
         for name in NODES:
             replace(cluster, load, name)
-        assert cluster.counter("retries") == 0
+        assert cluster.retries() == 0
 
 
 def test_no_request_breaks_when_one_revision_replaces_another(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_no_request_breaks_when_one_revision_replaces_another(tmp_path: Path) ->
                 cluster.nodes.forget(name)
         assert pairs and {("new" in prefill) == ("new" in decode) for prefill, decode in pairs} == {True}
         assert {"new" in decode for _, decode in pairs} == {True, False}
-        assert cluster.counter("retries") == 0
+        assert cluster.retries() == 0
 
 
 def begin_new_pair(cluster: Cluster, number: int) -> None:
@@ -147,6 +147,6 @@ def test_a_draining_prefill_worker_stays_until_its_kv_was_fetched(tmp_path: Path
         cut_off.unlink()
         assert [stream.join().finish for stream in streams] == ["length", "length"]
         assert [cluster.nodes.wait_end(name) for name in leaving] == [0, 0]
-        assert cluster.counter("retries") == 0
+        assert cluster.retries() == 0
         cluster.nodes.revive()
         demand_undisturbed(cluster, requests, streams)
