@@ -48,7 +48,6 @@ from baton.node.tls import own_server_context
 
 HTTP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
-WAIT_TIMEOUT_S = 120.0
 POLL_S = 0.05
 TAIL_BYTES = 4000
 _READY = re.compile(r'baton:worker_up\{(?=.*role="(\w+)")(?=.*state="ready")(?=.*worker="([^"]+)").*\} 1\.0')
@@ -268,7 +267,7 @@ class Cluster:
         self._killed.add(name)
         self._reap(self._nodes[name])
 
-    def wait_end(self, name: str, timeout_s: float = WAIT_TIMEOUT_S) -> int:
+    def wait_end(self, name: str, timeout_s: float) -> int:
         """The exit status of a node that ends by itself."""
         self._stopping.add(name)
         return self._nodes[name].wait(timeout_s)

@@ -240,6 +240,10 @@ class Cluster:
         """Until no worker has work, and every block of each is free or cached."""
         self.wait_until(self._is_idle, "idle workers that hold no block", timeout_s)
 
+    def wait_end(self, name: str) -> int:
+        """The exit status of a node that ends by itself."""
+        return self.nodes.wait_end(name, WAIT_TIMEOUT_S)
+
     def ports(self, name: str) -> list[int]:
         """The TCP ports that a process listens on, from /proc."""
         return sorted(port for port, state in self._sockets(name) if state == LISTEN)

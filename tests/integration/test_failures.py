@@ -266,7 +266,7 @@ class TestTwoOfEachRole:
         later = mixed(2)
         demand_undisturbed(cluster, later, begin(cluster, later))
         for name in (leaving, "prefill-0"):
-            assert cluster.nodes.wait_end(name) == 0
+            assert cluster.wait_end(name) == 0
         demand_undisturbed(cluster, requests, streams)
         assert cluster.retries() == retries
 
@@ -289,7 +289,7 @@ class TestTwoOfEachRole:
         cluster.nodes.signal("proxy", signal.SIGTERM)
         for stream in streams:
             assert stream.join().finish == "length"
-        assert cluster.nodes.wait_end("proxy") == 0
+        assert cluster.wait_end("proxy") == 0
         cluster.nodes.revive()
         demand_undisturbed(cluster, requests, streams)
 
@@ -370,7 +370,7 @@ class TestOneOfEachRole:
         demand_undisturbed(cluster, requests, begin(cluster, requests))
         assert cluster.worker_values("steps_total")["decode-1"] > 0
         cluster.nodes.signal("decode-1", signal.SIGTERM)
-        assert cluster.nodes.wait_end("decode-1") == 0
+        assert cluster.wait_end("decode-1") == 0
         cluster.nodes.forget("decode-1")
 
     def test_the_drain_time_of_the_proxy_ends(self, cluster: Cluster) -> None:
@@ -384,7 +384,7 @@ class TestOneOfEachRole:
         for stream in streams:
             assert stream.join().error is not None and stream.error["code"] == "service_unavailable", stream.broken
         assert "503" in str(waiting.join().broken) or "shutting down" in str(waiting.broken), waiting.broken
-        assert cluster.nodes.wait_end("proxy") == 0
+        assert cluster.wait_end("proxy") == 0
         assert "Traceback" not in cluster.nodes.log("proxy")
 
 

@@ -179,7 +179,7 @@ def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
         assert cluster.complete("The old king", max_tokens=8)["choices"] == before
         for name in incompatible:
             cluster.nodes.signal(name, signal.SIGTERM)
-            assert cluster.nodes.wait_end(name) == 0
+            assert cluster.wait_end(name) == 0
             cluster.nodes.forget(name)
         cluster.wait_idle()
 
@@ -193,7 +193,7 @@ def test_a_refused_worker_joins_when_those_it_does_not_fit_have_left(tmp_path: P
             lambda: "join_refused" in cluster.nodes.log("decode-1"), "decode-1 is refused", REFUSED_TIMEOUT_S
         )
         cluster.nodes.signal("decode-0", signal.SIGTERM)
-        assert cluster.nodes.wait_end("decode-0") == 0
+        assert cluster.wait_end("decode-0") == 0
         cluster.nodes.forget("decode-0")
         cluster.wait_workers("decode-1")
 

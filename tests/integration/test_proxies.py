@@ -105,7 +105,7 @@ def test_a_proxy_drains_while_the_other_serves(cluster: Cluster) -> None:
     streams = begin_on_both(cluster, 2)
     cluster.nodes.signal("proxy-0", signal.SIGTERM)
     assert all(stream.join().finish == "length" and stream.broken is None for stream in streams)
-    assert cluster.nodes.wait_end("proxy-0") == 0
+    assert cluster.wait_end("proxy-0") == 0
     for number in range(8):
         assert cluster.complete(f"Number {number}", max_tokens=4)["choices"]
 

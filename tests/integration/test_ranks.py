@@ -58,7 +58,7 @@ def test_a_stage_that_dies_in_mid_transfer_ends_its_worker(cluster: Cluster) -> 
     streams = [cluster.begin(prompt, max_tokens=4) for prompt in prompts]
     cluster.wait_until(lambda: cluster.worker_values("steps_total")["prefill-1"] > before + 3, "steps")
     os.kill(stage_of(cluster, "prefill-1"), signal.SIGKILL)
-    assert cluster.nodes.wait_end("prefill-1") == 1
+    assert cluster.wait_end("prefill-1") == 1
     cluster.nodes.forget("prefill-1")
     texts = [stream.join().text for stream in streams]
     assert texts == [cluster.complete(prompt, max_tokens=4)["choices"][0]["text"] for prompt in prompts]
@@ -72,7 +72,7 @@ def test_a_rank_that_dies_between_two_steps_ends_its_worker(cluster: Cluster) ->
     streams = [cluster.begin(prompt, **body) for prompt in SOME[:4]]
     cluster.wait_until(lambda: all(stream.num_chunks > 3 or stream.ended for stream in streams), "tokens")
     os.kill(rank_of(cluster, "decode-1"), signal.SIGKILL)
-    assert cluster.nodes.wait_end("decode-1") == 1
+    assert cluster.wait_end("decode-1") == 1
     cluster.nodes.forget("decode-1")
     texts = [stream.join().text for stream in streams]
     assert texts == [cluster.complete(prompt, **body)["choices"][0]["text"] for prompt in SOME[:4]]
@@ -82,7 +82,7 @@ def test_a_rank_that_is_frozen_ends_its_worker(cluster: Cluster) -> None:
     """Guards against a worker that waits for ever, and leaves the frozen process behind when it has ended."""
     frozen = rank_of(cluster, "prefill-0")
     os.kill(frozen, signal.SIGSTOP)
-    assert cluster.nodes.wait_end("prefill-0") == 1
+    assert cluster.wait_end("prefill-0") == 1
     assert "rank 1 does not answer" in cluster.nodes.log("prefill-0")
     assert not Path(f"/proc/{frozen}").exists()
     cluster.nodes.forget("prefill-0")

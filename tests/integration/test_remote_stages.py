@@ -177,7 +177,7 @@ def test_a_stage_that_dies_in_mid_transfer_ends_its_worker(staged: StagedCluster
     streams = [cluster.begin(prompt, max_tokens=4) for prompt in prompts]
     cluster.wait_until(lambda: cluster.worker_values("steps_total")["prefill-1"] > before + 3, "steps")
     staged.stages["prefill-1"].send_signal(signal.SIGKILL)
-    assert cluster.nodes.wait_end("prefill-1") == 1
+    assert cluster.wait_end("prefill-1") == 1
     cluster.nodes.forget("prefill-1")
     texts = [stream.join().text for stream in streams]
     assert texts == [cluster.complete(prompt, max_tokens=4)["choices"][0]["text"] for prompt in prompts]
@@ -188,7 +188,7 @@ def test_a_stage_that_dies_in_mid_transfer_ends_its_worker(staged: StagedCluster
 def test_a_stage_that_is_frozen_ends_its_worker_and_ends_when_it_runs_again(staged: StagedCluster) -> None:
     """Guards against a worker that waits for ever, and a stage that stays behind and joins no other worker."""
     staged.stages["prefill-2"].send_signal(signal.SIGSTOP)
-    assert staged.cluster.nodes.wait_end("prefill-2") == 1
+    assert staged.cluster.wait_end("prefill-2") == 1
     assert "stage 1 does not answer" in staged.cluster.nodes.log("prefill-2")
     staged.cluster.nodes.forget("prefill-2")
     staged.stages["prefill-2"].send_signal(signal.SIGCONT)

@@ -73,7 +73,7 @@ def under_load(cluster: Cluster) -> Iterator[Load]:
 def replace(cluster: Cluster, load: Load, name: str) -> None:
     """Drain a node, start its successor, and let the cluster serve with it."""
     cluster.nodes.signal(name, signal.SIGTERM)
-    assert cluster.nodes.wait_end(name) == 0
+    assert cluster.wait_end(name) == 0
     cluster.nodes.start_node(name)
     cluster.nodes.wait_ready()
     served = load.served()
@@ -100,7 +100,7 @@ def test_no_request_breaks_when_one_revision_replaces_another(tmp_path: Path) ->
             pairs |= pairs_of(cluster)
             for name in (f"prefill-{number}", f"decode-{number}"):
                 cluster.nodes.signal(name, signal.SIGTERM)
-                assert cluster.nodes.wait_end(name) == 0
+                assert cluster.wait_end(name) == 0
                 cluster.nodes.forget(name)
         assert pairs and {("new" in prefill) == ("new" in decode) for prefill, decode in pairs} == {True}
         assert {"new" in decode for _, decode in pairs} == {True, False}
@@ -146,7 +146,7 @@ def test_a_draining_prefill_worker_stays_until_its_kv_was_fetched(tmp_path: Path
         assert all(stream.num_chunks == 1 for stream in streams) and set(leaving) < set(cluster.nodes.running())
         cut_off.unlink()
         assert [stream.join().finish for stream in streams] == ["length", "length"]
-        assert [cluster.nodes.wait_end(name) for name in leaving] == [0, 0]
+        assert [cluster.wait_end(name) for name in leaving] == [0, 0]
         assert cluster.retries() == 0
         cluster.nodes.revive()
         demand_undisturbed(cluster, requests, streams)

@@ -109,7 +109,7 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         # Blocks that were used twice are on disk or queued for it; a store that shuts down in order writes the rest.
         _settle(cluster, second.prompt_tokens, second.generated_tokens)
         cluster.nodes.signal("store", signal.SIGTERM)
-        assert cluster.nodes.wait_end("store") == 0
+        assert cluster.wait_end("store") == 0
         cluster.nodes.start_node("store")
         _restart_workers(cluster)
         cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk")

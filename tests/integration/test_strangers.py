@@ -71,5 +71,5 @@ def test_a_worker_with_another_secret_does_not_join_and_says_why(cluster: Cluste
     assert "another secret" in cluster.nodes.log("other-secret")
     assert set(cluster.worker_values("running")) == set(MEMBERS)
     cluster.nodes.signal("other-secret", signal.SIGTERM)
-    assert cluster.nodes.wait_end("other-secret") == 0
+    assert cluster.wait_end("other-secret") == 0
     cluster.nodes.forget("other-secret")

@@ -20,12 +20,12 @@ def test_sigterm_at_awkward_moments(tmp_path: Path) -> None:
         wait_chunks(cluster, streams, 3)
         for name in ("decode-0", "decode-0", "prefill-0", "prefill-0", "store", "store"):
             cluster.nodes.signal(name, signal.SIGTERM)
-        assert [cluster.nodes.wait_end(name) for name in (*WORKERS, "store")] == [0, 0, 0]
+        assert [cluster.wait_end(name) for name in (*WORKERS, "store")] == [0, 0, 0]
         assert [stream.join().finish for stream in streams] == ["length", "length"]
         for name in (*WORKERS, "store"):
             cluster.nodes.start_node(name)
             cluster.nodes.signal(name, signal.SIGTERM)
-            assert cluster.nodes.wait_end(name) in (0, -signal.SIGTERM)
+            assert cluster.wait_end(name) in (0, -signal.SIGTERM)
         cluster.nodes.revive()
         demand_undisturbed(cluster, requests, streams)
 
@@ -34,6 +34,6 @@ def test_sigterm_at_awkward_moments(tmp_path: Path) -> None:
         cluster.nodes.kill("proxy")
         for name in WORKERS:
             cluster.nodes.signal(name, signal.SIGTERM)
-        assert [cluster.nodes.wait_end(name) for name in WORKERS] == [0, 0]
+        assert [cluster.wait_end(name) for name in WORKERS] == [0, 0]
         for name in (*WORKERS, "store", "proxy"):
             assert "Traceback" not in cluster.nodes.log(name)

@@ -105,7 +105,7 @@ def test_one_more_worker_joins_and_is_forgotten(tmp_path: Path) -> None:
         cluster.wait_until(lambda: "guest" in cluster.members(), "the guest", 60)
         assert "hunter2" not in cluster.log("guest") and "--num-blocks=5" in cluster.log("guest")
         cluster.signal("guest", signal.SIGTERM)
-        assert cluster.wait_end("guest") == 0
+        assert cluster.wait_end("guest", 60) == 0
         cluster.forget("guest")
         assert "guest" not in cluster.names()
 
