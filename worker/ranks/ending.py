@@ -36,9 +36,9 @@ class RankEnding:
     def end(self, reason: str, status: int) -> NoReturn:
         """Of the process."""
         self._begun.acquire()  # for good
-        log_event(logger, "rank_stopped", rank=self._rank, reason=reason)
         giving_up = threading.Thread(target=self.give_up, name="give-up", daemon=True)
         giving_up.start()
+        log_event(logger, "rank_stopped", rank=self._rank, reason=reason)
         giving_up.join(GIVE_UP_S)
         os._exit(status)
 

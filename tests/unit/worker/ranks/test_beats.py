@@ -1,6 +1,13 @@
-"""When a rank counts as lost."""
+"""When a rank counts as lost, and what follows."""
 
-from baton.worker.ranks.members import LOST_S, Beats
+from queue import SimpleQueue
+
+import pytest
+
+from baton.node.errors import PeerLost
+from baton.worker.io_thread import RankLost
+from baton.worker.ranks.links import pair
+from baton.worker.ranks.members import LOST_S, Beats, MemberWatch
 from baton.worker.ranks.messages import BEAT_S
 
 
@@ -20,3 +27,25 @@ def test_a_process_that_stood_still_blames_no_other():
     assert not beats.missing(900.0)
     assert beats.missing(900.5) == beats.missing(901.0) == beats.missing(901.5) == ""
     assert beats.missing(902.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loss_is_known_to_all_even_if_a_device_fails() -> None:
+    """Guards against a worker that waits for ever, and ranks that are not told, where a broken GPU takes no more
+    calls."""
+    (dead, gone), (control, other), (link, peer) = pair(0, 1), pair(0, 2), pair(0, 2)
+    delivered: SimpleQueue[RankLost] = SimpleQueue()
+
+    def give_up() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    watch = MemberWatch([dead, control], [link], give_up)
+    gone.close()
+    watch.begin(delivered.put)
+    assert delivered.get(timeout=60.0) == RankLost("rank 1 has ended")
+    watch.join()
+    for end in (other, peer):
+        with pytest.raises(PeerLost, match="has ended"):
+            end.receive(60.0)
+    for end in (dead, control, other, link, peer):
+        end.close()
