@@ -127,8 +127,8 @@ class DevicePeers:
             )
         self.sums, self.drawn, self._gathered = self._inboxes
         self._pinned = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
-        # For `give_up`, made now: to allocate pinned memory, or to make a stream, may wait for the kernels that wait. Of
-        # another priority than steps, so that it has no queue of the hardware with them.
+        # For `give_up`, made now: to allocate pinned memory, or to make a stream, may wait for the kernels that wait.
+        # The stream has another priority than steps, and so no queue of the hardware with them.
         self._given_up = torch.ones(1, dtype=torch.int32, pin_memory=memory.is_cuda)
         self._aside = torch.cuda.Stream(device, priority=-1) if memory.is_cuda else None
         self._whole: torch.Tensor | None = None
