@@ -122,12 +122,14 @@ class Experiment:
             watch = self._watch(server, rate, plan.num_requests)
             runner = LoadRunner(plan, client, RealClock(), settings.max_concurrency, watch)
             warmup_errors = await runner.warm_up()
+            others_froze = gc.get_freeze_count() > 0
             gc.collect()
             gc.freeze()  # no collection of what exists now while the clock runs
             begun_s, cpu_s = time.perf_counter(), time.process_time()
             log = await runner.run()
             cores = (time.process_time() - cpu_s) / (time.perf_counter() - begun_s)
-            gc.unfreeze()
+            if not others_froze:
+                gc.unfreeze()  # which is all or nothing
             watch.close()
         return Run(
             server=server,

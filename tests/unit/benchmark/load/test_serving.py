@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -139,6 +140,13 @@ async def test_a_run_that_the_client_gave_up_is_no_failure(url: str, capsys: pyt
     """It was asked to go away in the middle of every answer, and did."""
     assert await serving(settings(url, cancel_rate=1.0), []) == 0
     assert "0 completed, 0 failed, 6 cancelled" in capsys.readouterr().out
+
+
+async def test_a_run_leaves_frozen_what_others_froze(url: str) -> None:
+    """Guards a process that keeps its objects out of collections, as that of these tests, against taking them back."""
+    before = gc.get_freeze_count()
+    assert await serving(settings(url), []) == 0
+    assert gc.get_freeze_count() >= before > 0
 
 
 async def test_no_server_is_told_before_anything_is_sent() -> None:
