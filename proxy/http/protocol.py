@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from baton.proxy.http.connections import Connections, Phase
@@ -203,8 +204,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self.since_s = self.loop.time()
         super().on_headers_complete()
-        if self.pipeline:  # bounded here; and a client that leaves is noticed by reading alone
-            self.flow.resume_reading()
+        if self.pipeline and sum(len(cycle.body) for cycle, _ in self.pipeline) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()  # a client that leaves is noticed by reading alone
         if version == "1.0":
             self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from baton.proxy.http.app import app_of
 from baton.proxy.http.connections import ConnectionLimits, Connections
@@ -27,6 +28,8 @@ WAIT_S = 60.0
 UNLIMITED_S = 1e6
 PATIENT = ConnectionLimits(64, UNLIMITED_S, UNLIMITED_S, 1.0, UNLIMITED_S, UNLIMITED_S, 0.01)
 """No connection is too slow; tests set the one limit that they are about."""
+READ_BYTES = 256 << 10
+"""Of asyncio, at once."""
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 LIVE = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -211,6 +214,23 @@ async def test_pipelined_requests_are_answered_in_order_up_to_a_bound(serve: Ser
         many = await served.ask(LIVE * 3000)
         assert statuses(many) == [200] * (1 + MAX_PIPELINED)
         assert served.refused("too_many_pipelined") == 1
+
+
+async def test_bodies_ahead_of_an_answer_are_bounded_together(serve: Serve, engine: FakeEngine) -> None:
+    """Guards memory: a connection may have eight requests ahead, and none of their bodies counts yet."""
+    running = asyncio.Event()
+    engine.script = _first_token_and_then_none(running)
+    async with serve() as served:
+        client = await served.connect(completion(stream=True))
+        await running.wait()
+        (connection,) = served.connections._open
+        ahead = POST + b"Content-Length: 100000\r\n\r\n" + bytes(100_000)
+        client.writer.write(ahead * (MAX_PIPELINED - 1))
+        await _until(lambda: connection.flow.read_paused and bool(connection.pipeline))
+        held = sum(len(cycle.body) for cycle, _ in connection.pipeline)
+        assert held <= HIGH_WATER_LIMIT + READ_BYTES
+        client.close()
+        connection.drop()
 
 
 async def test_a_bad_request_behind_an_answer_is_not_answered_in_it(serve: Serve, engine: FakeEngine) -> None:
