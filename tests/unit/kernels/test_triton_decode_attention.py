@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton import decode_attention, decode_work
-from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, merged_parts, split_plan
+from baton.kernels.triton.decode_plan import MERGE_COST, TILE, DecodePlan, fixed_plan, merged_parts, split_plan
 from baton.kernels.triton.pool import PagedPool
 from baton.tests.unit.kernels import kernel_checks as checks
 
@@ -147,7 +147,7 @@ def test_every_token_is_in_one_chunk(device, lengths, splits):
     assert all(chunk[3] >= 256 for chunk in chunks)
     chunks = chunks_of(lengths, replace(shared, merged=4), device)
     assert_all_is_shared_out(lengths, chunks)
-    assert all(parts <= max(4, (2 * -(-lengths[row] // TILE)) ** 0.5) for row, *_, parts in chunks)
+    assert all(parts <= max(4, (4 / MERGE_COST * -(-lengths[row] // TILE)) ** 0.5) for row, *_, parts in chunks)
     fixed = fixed_plan(len(lengths), 8, 33000, 132, 4096)
     assert_all_is_shared_out(lengths, chunks_of(lengths, fixed, device))
 
