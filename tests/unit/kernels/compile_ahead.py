@@ -22,7 +22,7 @@ TIMEOUT_S = 1500.0
 
 
 def few_launches() -> None:
-    compile_sm90.small_kernels(True)
+    compile_sm90.small_kernels()
 
 
 def launches() -> None:

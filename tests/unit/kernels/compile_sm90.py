@@ -115,15 +115,15 @@ def pool(kv_heads: int, block_tokens: int, dim: int, dtype=torch.bfloat16, scale
     return PagedPool.of(tensors.data, static if static is not None else tensors.scales)
 
 
-def small_kernels(pdl: bool) -> None:
+def small_kernels() -> None:
     from baton.kernels.triton import activation, norm, rope_write
 
     hidden, rows, heads, kv_heads, dim = 4096, 8, 32, 8, 128
     x, weight = empty(rows, hidden), empty(hidden)
-    norm.rms_norm(x, weight, 1e-5, x, pdl=pdl)
-    norm.add_rms_norm(empty(4, rows, hidden, dtype=torch.float32), x, weight, 1e-5, x, pdl=pdl)
-    norm.add_rms_norm(x, x, weight, 1e-5, x, output_norm=weight, pdl=pdl)
-    activation.silu_and_mul(empty(rows, 28672), empty(rows, 14336), pdl=pdl)
+    norm.rms_norm(x, weight, 1e-5, x, pdl=True)
+    norm.add_rms_norm(empty(4, rows, hidden, dtype=torch.float32), x, weight, 1e-5, x, pdl=True)
+    norm.add_rms_norm(x, x, weight, 1e-5, x, output_norm=weight, pdl=True)
+    activation.silu_and_mul(empty(rows, 28672), empty(rows, 14336), pdl=True)
     tables = rope_write.RopeTables(*(empty(8192, dim // 2, dtype=torch.float32) for _ in range(2)))
     norms = rope_write.HeadNorms(empty(heads + kv_heads, dim), 1e-6)
     ids = empty(rows, dtype=torch.int32)
@@ -136,7 +136,7 @@ def small_kernels(pdl: bool) -> None:
         pool(kv_heads, 64, dim),
         3,
         empty(rows, heads, dim),
-        pdl=pdl,
+        pdl=True,
     )
 
 
@@ -251,14 +251,14 @@ def whole_blocks() -> None:
     blocks.scatter_blocks(units, ids, units)
 
 
-def sampling(pdl: bool) -> None:
+def sampling() -> None:
     from baton.kernels.triton import sampling as module
 
     rows, vocab_size = 8, 128256
     logits, out = empty(rows, vocab_size), empty(rows, dtype=torch.int64)
     scratch = module.SamplingScratch.make(rows, vocab_size, "meta")
-    module.argmax(logits, scratch, out, pdl=pdl)
-    module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=pdl)
+    module.argmax(logits, scratch, out, pdl=True)
+    module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=True)
 
 
 def scores_of_prompts() -> None:
@@ -687,8 +687,7 @@ def adapter_bank(max_rank: int):
 WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
 ONE_ROW = (17, 9, 16, 0, 64, 1, 16)
 CASES: dict[str, Callable[[], None]] = {
-    "small": lambda: small_kernels(False),
-    "small_pdl": lambda: small_kernels(True),
+    "small": small_kernels,
     "ranks_2": lambda: ranks(2),
     "ranks_8": lambda: ranks(8),
     "keys_and_values": keys_and_values,
@@ -698,8 +697,7 @@ CASES: dict[str, Callable[[], None]] = {
     "drafts": drafts,
     "entries": entries_of_a_draft,
     "step_inputs": inputs_of_a_step,
-    "sampling": lambda: sampling(False),
-    "sampling_pdl": lambda: sampling(True),
+    "sampling": sampling,
     "sampling_rows": lambda: sampling_of_rows(torch.bfloat16),
     "prompt_logprobs": scores_of_prompts,
     "linear_1": lambda: linears("FASTEST", 1, True),
@@ -719,11 +717,9 @@ CASES: dict[str, Callable[[], None]] = {
     "share_out": lambda: share_out(),
     "decode_128_page64_deepest": lambda: decode(32, 8, 128, 64, ONE_ROW, pdl=True),
     "decode_128_page16_deepest": lambda: decode(32, 8, 128, 16, DEEPEST),
-    "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
     "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),
     "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
-    "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
     "decode_256_page64_deepest": lambda: decode(16, 1, 256, 64, DEEPEST),
     "float32_decode_128": lambda: decode(32, 8, 128, 64, DEEPEST, dtype=torch.float32),
     "float32_decode_256": lambda: decode(16, 2, 256, 16, DEEPEST, dtype=torch.float32),

@@ -30,6 +30,7 @@ def kernels(tmp_path_factory) -> dict[str, list[dict]]:
     """What compile_sm90.py found, by case, in two processes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # for debuggers: the instructions are the same
     command = [sys.executable, str(Path(__file__).with_name("compile_sm90.py"))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     shares = [list(CASES)[first::PROCESSES] for first in range(PROCESSES)]
@@ -75,7 +76,6 @@ def test_every_kernel_fits_in_shared_memory(kernels):
     ("case", "count"),
     [
         ("small", 5),
-        ("small_pdl", 5),
         ("keys_and_values", 2),
         ("blocks", 4),
         ("sampling", 4),
@@ -229,7 +229,7 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few or too
     many programs on a multiprocessor (see decode_plan): 1 to 4 tiles in flight leave room for 5, 3, 2 and 1."""
     decode = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("decode_")}
-    assert len(decode) == 12 and all(kernel["mma"] for kernel in decode.values())
+    assert len(decode) == 10 and all(kernel["mma"] for kernel in decode.values())
     for case, kernel in decode.items():
         assert kernel["tma"] == ("page64" in case and "96" not in case), case
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
