@@ -189,6 +189,7 @@ def test_a_killed_batch_resumes(cluster: Cluster, tmp_path: Path) -> None:
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as first:
         while not target.exists() or target.read_bytes().count(b"\n") < 10:
             assert first.poll() is None
+            time.sleep(0.01)
         first.kill()
     done = target.read_bytes().count(b"\n")
     assert 10 <= done < 60

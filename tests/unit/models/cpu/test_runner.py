@@ -50,12 +50,12 @@ def test_row_alone_equals_row_among_32(make_model, sequences, family, variant):
     runner = ModelRunner.load(make_model(family, **variant).folder)
     chance = random.Random(2)
     prompts = [[chance.randrange(131) for _ in range(chance.randrange(1, 120))] for _ in range(32)]
-    alone = [sequences(runner, 1, 160).greedy(0, prompt, 30)[0] for prompt in prompts]
+    alone = [sequences(runner, 1, 160).greedy(0, prompt, 12)[0] for prompt in prompts]
 
     together = sequences(runner, 32, 160)
     known, computed = [list(prompt) for prompt in prompts], [0] * 32
-    while any(len(known[i]) < len(prompts[i]) + 30 for i in range(32)):
-        busy = [i for i in range(32) if len(known[i]) < len(prompts[i]) + 30 and chance.random() < 0.8]
+    while any(len(known[i]) < len(prompts[i]) + 12 for i in range(32)):
+        busy = [i for i in range(32) if len(known[i]) < len(prompts[i]) + 12 and chance.random() < 0.8]
         rows = []
         for i in busy:
             end = min(computed[i] + chance.choice((1, 5, 40)), len(known[i]))
