@@ -6,8 +6,8 @@ W is [N, K] as in the checkpoint, x [M, K]. Two kernels; `linear_policy` says wh
     the kernel that reads them (norm, rope_and_write), which adds them in order: no launch, no atomics.
   * One row: W streams through registers.
 fused: W is [gate; up], [2 N, K], and y = silu(gate) * up (or gelu_tanh), so that the wide product never reaches memory.
-added: [M, N] that the first split adds to some rows, such as what adapters add (`low_rank`). It is asked for before W
-and used last; or, if it is late, the kernel waits for it behind the sum alone.
+added: [M, N] that the first split adds to some rows, such as what adapters add (`low_rank`). The kernel waits for it
+alone, and behind the sum: all else that it reads must be there when it begins.
 K is summed in steps of 16 in one order whatever the tiles, so with one number of splits a row's bits are the same for
 every M (checked on an H200). With pdl the first columns of W are asked for before the kernel before has ended: weights
 do not depend on it. Bytes: W, N * K * element size (twice that when fused).
@@ -44,7 +44,7 @@ def _linear_rows_kernel(
     x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, num_rows, N: tl.constexpr,
     K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, SPLITS: tl.constexpr,
     FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr, ADDED: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0) * TILE_M
     first_n = tl.program_id(1) * TILE_N
@@ -57,16 +57,12 @@ def _linear_rows_kernel(
         added_place = added_ptr + m[None, :].to(tl.int64) * (2 * N if FUSED else N) + n[:, None]
     if PDL:
         gdc_launch_dependents()
-        if not LATE:
+        if not ADDED:
             if PREFETCH > 0:
                 prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
                 if FUSED:
                     prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
             gdc_wait()
-    if ADDED and not LATE:
-        added = tl.load(added_place, mask=adds[None, :], other=0.0)
-        if FUSED:
-            up_added = tl.load(added_place + N, mask=adds[None, :], other=0.0)
     total = tl.zeros([TILE_N, TILE_M], tl.float32)
     if FUSED:
         up = tl.zeros([TILE_N, TILE_M], tl.float32)
@@ -81,13 +77,12 @@ def _linear_rows_kernel(
         if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
             if split == 0:
                 total += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-    if LATE:
+    if ADDED:
         if PDL:
             gdc_wait()
         added = tl.load(added_place, mask=adds[None, :], other=0.0)
         if FUSED:
             up_added = tl.load(added_place + N, mask=adds[None, :], other=0.0)
-    if ADDED:
         total += added.to(tl.float32)
         if FUSED:
             up += up_added.to(tl.float32)
@@ -122,7 +117,7 @@ def row_product(x_ptr, place, up_place, weight, up_weight, K: tl.constexpr, TILE
 def _linear_row_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, N: tl.constexpr, K: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-    ADDED: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    ADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     column = tl.arange(0, TILE_K)
@@ -134,24 +129,17 @@ def _linear_row_kernel(
         adds = tl.load(adapters_ptr) >= 0
     if PDL:
         gdc_launch_dependents()
-        if not LATE:
+        if not ADDED:
             gdc_wait()
-    if ADDED and not LATE:
-        added = tl.load(added_ptr + n, mask=(n >= 0) & adds, other=0.0)
-        if FUSED:
-            up_added = tl.load(added_ptr + N + n, mask=(n >= 0) & adds, other=0.0)
     result, other = row_product(x_ptr, place, up_place, weight, up_weight, K, TILE_K, FUSED)
-    if LATE:
+    if ADDED:
         if PDL:
             gdc_wait()
         added = tl.load(added_ptr + n, mask=(n >= 0) & adds, other=0.0)
         if FUSED:
-            up_added = tl.load(added_ptr + N + n, mask=(n >= 0) & adds, other=0.0)
-    if ADDED:
+            other += tl.load(added_ptr + N + n, mask=(n >= 0) & adds, other=0.0).to(tl.float32)
         result += added.to(tl.float32)
     if FUSED:
-        if ADDED:
-            other += up_added.to(tl.float32)
         result = activated(result, GELU) * other
     if BIAS:
         result += tl.load(bias_ptr + n).to(tl.float32)
@@ -188,7 +176,7 @@ def linear(
     if num_rows == 0:
         return
     sums = weight if bias is None else bias
-    values, adapters, late = (x, x, False) if added is None else (added.values, added.adapters, added.late)
+    values, adapters = (x, x) if added is None else (added.values, added.adapters)
     if added is not None:
         require(tuple(values.shape) == (num_rows, len(weight)) and values.is_contiguous(), "added of another shape")
         require(tuple(adapters.shape) == (num_rows,), "added of other rows")
@@ -196,8 +184,7 @@ def linear(
         require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
         _linear_row_kernel[(n // tiles.tile_n,)](
             x, weight, sums, out, values, adapters, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused,
-            GELU=gelu, BIAS=bias is not None, ADDED=added is not None, LATE=late, PDL=pdl,
-            **launch_options(tiles.warps, pdl, 1),
+            GELU=gelu, BIAS=bias is not None, ADDED=added is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
     _linear_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
@@ -205,6 +192,6 @@ def linear(
         TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
         weight, sums, out, values, adapters, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
         TILE_M=tiles.tile_m, SPLITS=tiles.splits, FUSED=fused, GELU=gelu, BIAS=bias is not None,
-        PREFETCH=tiles.prefetch, ADDED=added is not None, LATE=late, PDL=pdl,
+        PREFETCH=tiles.prefetch, ADDED=added is not None, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

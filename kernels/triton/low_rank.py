@@ -3,16 +3,17 @@
 A bank has slots; one slot holds one adapter: for each product (site) A [parts * rank, K], then B [N, rank], packed by
 the adapter's own rank (a multiple of RANK_STEP), so that no byte of a lower rank's padding is read. `shrink` makes
 t = A x of items of rows (adapter_rows), float32 sums of fixed parts of K, which their readers add in order: no atomics.
-`expand` adds B t to a product in place, or makes it in memory of its own before the product,
-which then adds it (`linear`); t is rounded to the bank's dtype before. Few programs go through the items in turn, so
-that a step of few adapters launches no more than one of many.
+`expand` adds B t to a product in place, or makes it in memory of its own before the product, which then adds it
+(`linear`); t is rounded to the bank's dtype before. Few programs go through the items in turn, so that a step of few
+adapters launches no more than one of many.
 A row's bits depend on neither its neighbours nor their number. Bytes: A and B of each adapter in the step, once.
 
 Early launches, `beside`: shrink lets the launch behind it begin once its own wait for x is over. So x is there when
-expand and then the product begin, and the product (`late`) waits only before it adds: both run beside it.
+expand and then the product begin, and the product waits only before it adds: it runs beside both.
     x -> shrink -> expand -.
     x -> product ----------+-> adds
-Else each of the three waits for the one before.
+Products by cuBLAS, and of quantised weights, cannot wait so late: expand adds to them in place, behind them. Without
+`beside`, as of quantised weights, each launch waits for the one before.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -30,35 +31,15 @@ from baton.kernels.triton.adapter_rows import COLUMNS, ITEM_ROWS, AdapterRows
 from baton.kernels.triton.launch import launch_options, require
 
 RANK_STEP = 16
+SPLIT_ROWS = 2048
+"""Up to so many rows, K is split."""
 FEW_ROWS = 256
-
-
-class Cut(NamedTuple):
-    """How much of the work a program has."""
-
-    split_rows: int
-    """Up to so many rows, K is split."""
-    shrink_items: int
-    """Programs that go through the items of FEW_ROWS rows or fewer, for each part of A."""
-    expand_items: int
-    """The same for each tile of B."""
-    more_items: int
-    """So many times as many programs go through the items of more rows."""
-    expand_bytes: int
-    """Of a tile of B, if that is more than 128 outputs."""
-
-    def programs(self, rows: AdapterRows, of_few: int) -> int:
-        """That go through the items."""
-        return min(len(rows.items), of_few if len(rows.order) <= FEW_ROWS else self.more_items * of_few)
-
-
-NARROW, WIDE = Cut(256, 32, 16, 1, 0), Cut(2048, 32, 64, 8, 1 << 14)
-CUT = NARROW
-"""WIDE has more bytes on their way, and fewer items one behind another; no GPU has run it."""
-BESIDE = False
-"""Whether products of plain weights begin beside what adapters add; no GPU has run it."""
-ROW_ADAPTED = False
-"""Whether a product of one row that begins so multiplies by B itself (`linear_adapted`); no GPU has run it."""
+SHRINK_ITEMS, EXPAND_ITEMS = 32, 64
+"""Programs that go through the items of FEW_ROWS rows or fewer, for each part of A and each tile of B."""
+MORE_ITEMS = 8
+"""So many times as many programs go through the items of more rows."""
+EXPAND_BYTES = 1 << 14
+"""Of a tile of B, if that is more than 128 outputs."""
 MOST_PARTS = 3
 """Products of a site that read the same x and were put together: query, key and value."""
 
@@ -93,8 +74,6 @@ class AddedRows:
 
     values: torch.Tensor  # [M, N]
     adapters: torch.Tensor  # int32 [M]: below 0, the row's values are not defined and nothing is added
-    late: bool = False
-    """Whether the product waits only for these, and last: all else that it reads is there when it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +93,17 @@ class AddedProduct:
         return len(self.rows.adapters) * self.site.ends[-1] <= len(self.memory)
 
     def apart(self, *, pdl: bool) -> AddedRows:
-        """Launches B t into the memory, where a product reads it."""
+        """Launches B t into the memory, where a product reads it. pdl: it is made beside."""
+        require(self.beside or not pdl, "what is added is not made beside its product")
         shape = len(self.rows.adapters), self.site.ends[-1]
         values = self.memory[: shape[0] * shape[1]].view(shape)
         expand(self, values, add=False, pdl=pdl)
-        return AddedRows(values, self.rows.adapters, self.beside)
+        return AddedRows(values, self.rows.adapters)
 
 
 def splits_of(num_inputs: int, num_rows: int, *, deterministic: bool) -> int:
     """Parts of K: so many that few rows occupy the GPU, and if deterministic the same for all numbers of rows."""
-    if num_rows > CUT.split_rows and not deterministic:
+    if num_rows > SPLIT_ROWS and not deterministic:
         return 1
     wanted = 16 if num_inputs > 8192 else 8
     return next(count for count in (wanted, 8, 4, 2, 1) if num_inputs % (count * RANK_STEP) == 0 or count == 1)
@@ -229,7 +209,7 @@ def shrink(
     tile_k = next(size for size in (256, 128, 64, 32, 16) if share % size == 0)
     prefetch = next((size for size in (1024, 512, 256) if share >= size), 0) if x.element_size() == 2 else 0
     if len(rows.items):
-        _shrink_ranks_kernel[(CUT.programs(rows, CUT.shrink_items), width // RANK_STEP, splits)](
+        _shrink_ranks_kernel[(_programs(rows, SHRINK_ITEMS), width // RANK_STEP, splits)](
             x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.number, site.a_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], K=k, SPLITS=splits, MAX_RANK=bank.max_rank,
             WIDTH=width, TILE_K=tile_k, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, RANK_STEP=RANK_STEP, PREFETCH=prefetch,
@@ -311,12 +291,12 @@ def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: boo
     require(tuple(added.hidden.shape) == (splits, num_rows, width), f"t {tuple(added.hidden.shape)} of other rows")
     require(n == site.ends[-1], f"{n} outputs, a site of {site.ends[-1]}")
     _check(bank, whole, added.hidden)
-    most = max(128, CUT.expand_bytes // (bank.max_rank * bank.numbers.element_size()))
+    most = max(128, EXPAND_BYTES // (bank.max_rank * bank.numbers.element_size()))
     sizes = (size for size in (512, 256, 128, 64, 32, 16) if size <= most)
     tile_n = next((size for size in sizes if all(end % size == 0 for end in site.ends)), 0)
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
-        _expand_ranks_kernel[(CUT.programs(rows, CUT.expand_items), n // tile_n)](
+        _expand_ranks_kernel[(_programs(rows, EXPAND_ITEMS), n // tile_n)](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
             MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, ADD=add,
@@ -329,6 +309,11 @@ def ends(site: BankSite) -> dict[str, int]:
     n = site.ends[-1]
     first, second = (*site.ends[:-1], n, n)[:2]
     return {"END0": first, "END1": second}
+
+
+def _programs(rows: AdapterRows, of_few: int) -> int:
+    """That go through the items."""
+    return min(len(rows.items), of_few if len(rows.order) <= FEW_ROWS else MORE_ITEMS * of_few)
 
 
 def _check(bank: AdapterBank, *tensors: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
-from baton.kernels.triton.low_rank import CUT, FEW_ROWS, AddedProduct, shrink, splits_of
+from baton.kernels.triton.low_rank import FEW_ROWS, SPLIT_ROWS, AddedProduct, shrink, splits_of
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
@@ -51,7 +51,7 @@ class AdapterSteps:
         sizes = [
             self._splits(k, rows) * rows * width
             for k, width in sites
-            for rows in {min(CUT.split_rows, most_tokens), most_tokens}
+            for rows in {min(SPLIT_ROWS, most_tokens), most_tokens}
         ]
         self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
         widest = max((site.ends[-1] for of_layer in layout.sites for site in of_layer.values()), default=0)

@@ -9,7 +9,7 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
-from baton.kernels.triton.low_rank import BESIDE, AddedProduct
+from baton.kernels.triton.low_rank import AddedProduct
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.products import Products, Rows, plain
 
@@ -65,5 +65,5 @@ class StepProducts:
         if self._rows is None:
             return None
         assert self._adapters is not None, "a step with adapters of a decoder without"
-        beside = BESIDE and weights.weight_format == DenseLinear.weight_format
+        beside = weights.weight_format == DenseLinear.weight_format
         return self._adapters.added(layer, name, plain(x), self._rows, beside=beside, pdl=self._pdl)

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.triton import linear, linear_adapted, low_rank, norm
+from baton.kernels.triton import linear, low_rank, norm
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -66,20 +66,17 @@ def test_rows_are_grouped(rows):
         checks.check_group(checks.some_adapters(rows, num_slots, GPU, rows), num_slots)
 
 
-@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
 @pytest.mark.parametrize("max_rank", [16, 64])
 @pytest.mark.parametrize("rows", [1, 8, 300])
-def test_expand(monkeypatch, rows, max_rank, cut):
-    monkeypatch.setattr(low_rank, "CUT", cut)
+def test_expand(rows, max_rank):
     for dtype in (BF16, torch.float32):
         checks.check_expand(GPU, dtype, rows, RANKS[max_rank], max_rank, 4096, QKV_ENDS, pdl=True)
     checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 14336, (4096,))
 
 
-@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("max_rank", [16, 64])
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
-def test_products_that_add(rows, max_rank, beside):
+def test_products_that_add(rows, max_rank):
     """Guards the tables' tiles, alone and in a chain of early launches, and bits that no neighbour changes."""
     for policy in (FASTEST, INVARIANT):
         tiles = policy[min(size for size in policy if rows <= size)]
@@ -89,36 +86,14 @@ def test_products_that_add(rows, max_rank, beside):
             (GATE_UP_8B, (14336, 28672), True),
         ):
             checks.check_linear_added(
-                GPU,
-                BF16,
-                rows,
-                RANKS[max_rank],
-                max_rank,
-                tiles[shape],
-                ends,
-                k=4096,
-                fused=fused,
-                beside=beside,
-                pdl=True,
+                GPU, BF16, rows, RANKS[max_rank], max_rank, tiles[shape], ends, k=4096, fused=fused, pdl=True
             )
 
 
-@pytest.mark.parametrize("max_rank", [16, 64])
-def test_a_row_is_multiplied_by_its_own_adapter(max_rank):
-    """Guards the table's tiles in a chain of early launches."""
-    for shape, ends in ((QKV_8B, QKV_ENDS), (O_8B, (4096,)), (GATE_UP_8B, (14336, 28672))):
-        tiles = FASTEST[1][shape]
-        checks.check_linear_adapted_row(
-            GPU, BF16, RANKS[max_rank], max_rank, tiles, ends, 4096, fused=shape.fused, pdl=True
-        )
-
-
-@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
-@pytest.mark.parametrize(("rows", "by_itself"), [(1, True), (1, False), (8, False), (32, False), (64, False)])
-def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monkeypatch, rows, by_itself, cut):
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_products_beside_what_they_add_read_what_the_launches_before_wrote(rows):
     """Guards against a product that begins before x is there, and one that adds what another is still writing: layers
     in a captured chain of early launches have the bits that they have one after the other."""
-    monkeypatch.setattr(low_rank, "CUT", cut)
     queue, num_layers, size = CudaQueue(0), 24, 4096
     adapters = checks.Adapters.make(RANKS[16], 16, size, (size,), BF16, GPU)
     named = checks.some_adapters(rows, 4, GPU) if rows > 1 else torch.zeros(1, dtype=torch.int32, device=GPU)
@@ -134,25 +109,20 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(monke
     if tiles.splits > 1:
         out = torch.zeros(tiles.splits, rows, size, device=GPU)
 
-    def layers(beside: bool, pdl: bool) -> None:
+    def layers(pdl: bool) -> None:
         residual.copy_(start)
         out.zero_()
         for _ in range(num_layers):
             norm.add_rms_norm(out, residual, scale, 1e-5, normed, pdl=pdl)
-            added = low_rank.shrink(
-                normed, adapters.bank, adapters.site, grouped, hidden, memory, beside=beside, pdl=pdl
-            )
-            if by_itself:
-                linear_adapted.linear_adapted_row(normed, weight, None, tiles, out, added, pdl=pdl)
-            else:
-                linear.linear(normed, weight, None, tiles, out, added=added.apart(pdl=pdl), pdl=pdl)
+            added = low_rank.shrink(normed, adapters.bank, adapters.site, grouped, hidden, memory, beside=True, pdl=pdl)
+            linear.linear(normed, weight, None, tiles, out, added=added.apart(pdl=pdl), pdl=pdl)
 
     torch.cuda.synchronize()
-    queue.enqueue(lambda: layers(beside=False, pdl=False))
+    queue.enqueue(lambda: layers(pdl=False))
     queue.mark().wait()
     expected = residual.clone(), out.clone()
     torch.cuda.synchronize()
-    chain = queue.capture(lambda: layers(beside=True, pdl=True))
+    chain = queue.capture(lambda: layers(pdl=True))
     for _ in range(20):
         queue.enqueue(chain)
         queue.mark().wait()

@@ -14,9 +14,8 @@ from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
-from baton.kernels.triton.linear_adapted import linear_adapted_row
-from baton.kernels.triton.linear_policy import ProductShape, Tiles
-from baton.kernels.triton.low_rank import ROW_ADAPTED, AddedProduct, expand
+from baton.kernels.triton.linear_policy import ProductShape
+from baton.kernels.triton.low_rank import AddedProduct, expand
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, shape_of
 from baton.node.errors import InvariantBroken
 
@@ -52,9 +51,9 @@ class DenseProducts:
         else:
             if tiles.splits > 1:
                 out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
-            inside = added if added is not None and added.fits_apart else None
-            _multiply(weights, x, tiles, out, inside, pdl=pdl)
-            if inside is not None:
+            apart = added.apart(pdl=pdl) if added is not None and added.fits_apart else None
+            linear(x, _dense(weights), weights.bias, tiles, out, added=apart, pdl=pdl)
+            if apart is not None:
                 return out
         if added is not None:
             expand(added, out, pdl=pdl and tiles is not None)
@@ -75,7 +74,8 @@ class DenseProducts:
         tiles = None if gate_up.bias is not None else self._policy(x.shape[0], shape_of(gate_up, fused=True))
         if tiles is None or (added is not None and not added.fits_apart):
             return False
-        _multiply(gate_up, x, tiles, out, added, fused=True, gelu=True, pdl=pdl)
+        apart = None if added is None else added.apart(pdl=pdl)
+        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, added=apart, pdl=pdl)
         return True
 
     def gated(
@@ -85,7 +85,8 @@ class DenseProducts:
         m, shape = x.shape[0], shape_of(gate_up, fused=True)
         tiles = None if gate_up.bias is not None else self._policy(m, shape)
         if tiles is not None and (added is None or added.fits_apart):
-            _multiply(gate_up, x, tiles, out, added, fused=True, pdl=pdl)
+            apart = None if added is None else added.apart(pdl=pdl)
+            linear(x, _dense(gate_up), None, tiles, out, fused=True, added=apart, pdl=pdl)
             return
         if added is None and self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
             self._by_gluon(x, _dense(gate_up), out)
@@ -105,25 +106,6 @@ class DenseProducts:
             torch.mm(x, _dense(weights).t(), out=out)
         else:
             torch.addmm(weights.bias, x, _dense(weights).t(), out=out)
-
-
-def _multiply(
-    weights: Linear,
-    x: torch.Tensor,
-    tiles: Tiles,
-    out: torch.Tensor,
-    added: AddedProduct | None,
-    *,
-    fused: bool = False,
-    gelu: bool = False,
-    pdl: bool,
-) -> None:
-    """As linear, with what adapters add."""
-    if added is not None and added.beside and ROW_ADAPTED and tiles.tile_m == 0:
-        linear_adapted_row(x, _dense(weights), weights.bias, tiles, out, added, fused=fused, gelu=gelu, pdl=pdl)
-        return
-    apart = None if added is None else added.apart(pdl=pdl)
-    linear(x, _dense(weights), weights.bias, tiles, out, fused=fused, gelu=gelu, added=apart, pdl=pdl)
 
 
 def _dense(weights: Linear) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels import reference
-from baton.kernels.triton import adapter_rows, linear, linear_adapted, linear_policy, low_rank, whole_weights
+from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank, whole_weights
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -141,7 +141,6 @@ def check_linear_added(
     ends: tuple[int, ...],
     k: int = 256,
     fused: bool = False,
-    beside: bool = False,
     pdl: bool = False,
 ) -> None:
     """Rows without an adapter have the bits of the product alone, and each row those that it has with others."""
@@ -155,7 +154,7 @@ def check_linear_added(
         exact = F.silu(gate) * up
     shape, kind = ((rows, n), dtype) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
     out, alone = poison(shape, kind, device), poison(shape, kind, device)
-    added = added_to(adapters, x, of_rows, beside=beside, pdl=pdl).apart(pdl=pdl)
+    added = added_to(adapters, x, of_rows, beside=True, pdl=pdl).apart(pdl=pdl)
     linear.linear(x, weight, None, tiles, out, fused=fused, added=added, pdl=pdl)
     linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
@@ -177,37 +176,6 @@ def check_linear_added(
             added=added_to(adapters, some, of_rows[kept]).apart(pdl=False),
         )
         assert torch.equal(fewer, out[..., kept, :])
-
-
-def check_linear_adapted_row(
-    device: str,
-    dtype: torch.dtype,
-    ranks: list[int],
-    max_rank: int,
-    tiles: linear_policy.Tiles,
-    ends: tuple[int, ...],
-    k: int,
-    fused: bool = False,
-    pdl: bool = False,
-) -> None:
-    """A row of each adapter, and one without, which has the bits of the product alone."""
-    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
-    n = ends[-1] // 2 if fused else ends[-1]
-    x, weight = randn((1, k), dtype, device), (randn((ends[-1], k), torch.float32, device, 1) / k**0.5).to(dtype)
-    bias = None if fused else randn((n,), dtype, device, 2)
-    for slot in range(-1, len(ranks)):
-        of_rows = torch.full((1,), slot, dtype=torch.int32, device=device)
-        exact = F.linear(x.double(), weight.double()) + adapters.delta(x, of_rows)
-        exact = F.silu(exact[:, :n]) * exact[:, n:] if fused else exact + bias.double()
-        out = poison((1, n), dtype, device)
-        added = added_to(adapters, x, of_rows, beside=True, pdl=pdl)
-        linear_adapted.linear_adapted_row(x, weight, bias, tiles, out, added, fused=fused, pdl=pdl)
-        bound = 4 * max(error(exact.to(dtype), exact), 1e-5)
-        assert error(out, exact) <= bound, f"error {error(out, exact):.2e}, allowed {bound:.2e}"
-        if slot < 0:
-            alone = poison((1, n), dtype, device)
-            linear.linear(x, weight, bias, tiles, alone, fused=fused, pdl=pdl)
-            assert torch.equal(out, alone)
 
 
 def check_whole_weights(device: str, dtype: torch.dtype, rows: int, num_slots: int, hidden: int, vocab: int) -> None:

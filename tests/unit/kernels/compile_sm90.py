@@ -619,11 +619,10 @@ def inputs_of_a_step() -> None:
     step_inputs.set_entries(*rows[:3])
 
 
-def adapted(rows: int, max_rank: int, beside: bool = False) -> None:
-    """What adapters add to the products of an 8B model, in place and apart. beside: cut wide, too."""
+def adapted(rows: int, max_rank: int, beside: bool) -> None:
+    """What adapters add to the products of an 8B model, in place, and apart if beside."""
     from baton.kernels.triton import adapter_rows, low_rank
 
-    low_rank.CUT = low_rank.WIDE if beside else low_rank.NARROW
     bank, of_rows = adapter_bank(max_rank), adapter_rows.AdapterRows.make(rows, 32, "meta")
     ids = empty(2 * rows, dtype=torch.int32)
     adapter_rows.group_rows(ids[:rows], ids, ids, of_rows)
@@ -634,36 +633,22 @@ def adapted(rows: int, max_rank: int, beside: bool = False) -> None:
         memory = empty(rows * ends[-1])
         added = low_rank.shrink(empty(rows, k), bank, site, of_rows, hidden, memory, beside=beside, pdl=True)
         low_rank.expand(added, empty(rows, ends[-1]), pdl=True)
-        added.apart(pdl=True)
+        if beside:
+            added.apart(pdl=True)
 
 
-def adapted_linears(rows: int, late: bool = False) -> None:
+def adapted_linears(rows: int) -> None:
     """The products of qkv and of gate and up with what adapters add to them."""
     from baton.kernels.triton import linear, linear_policy, low_rank
 
     for shape, outputs in ((linear_policy.QKV_8B, 6144), (linear_policy.GATE_UP_8B, 28672)):
         tiles = linear_policy.fastest(rows, shape)
-        added = low_rank.AddedRows(empty(rows, outputs), empty(rows, dtype=torch.int32), late)
+        added = low_rank.AddedRows(empty(rows, outputs), empty(rows, dtype=torch.int32))
         out = empty(rows, shape.outputs)
         if tiles.splits > 1:
             out = empty(tiles.splits, rows, shape.outputs, dtype=torch.float32)
         weight = empty(outputs, 4096)
         linear.linear(empty(rows, 4096), weight, None, tiles, out, fused=shape.fused, added=added, pdl=True)
-
-
-def adapted_row() -> None:
-    """The products of one row that multiply by B themselves."""
-    from baton.kernels.triton import adapter_rows, linear_adapted, linear_policy, low_rank
-
-    bank, of_row = adapter_bank(16), adapter_rows.AdapterRows.make(1, 32, "meta")
-    shapes = linear_policy.QKV_8B, linear_policy.O_8B, linear_policy.GATE_UP_8B, linear_policy.DOWN_8B
-    for shape, ends in zip(shapes, ((4096, 5120, 6144), (4096,), (14336, 28672), (4096,)), strict=True):
-        tiles, k = linear_policy.fastest(1, shape), shape.inputs
-        site = low_rank.BankSite(5, 16, 32, k, ends)
-        hidden = empty(low_rank.splits_of(k, 1, deterministic=False), 1, bank.rank_width(site), dtype=torch.float32)
-        added = low_rank.AddedProduct(bank, site, of_row, hidden, empty(ends[-1]), beside=True)
-        weight, out = empty(ends[-1], k), empty(1, shape.outputs)
-        linear_adapted.linear_adapted_row(empty(1, k), weight, None, tiles, out, added, fused=shape.fused, pdl=True)
 
 
 def whole_weights_of_adapters() -> None:
@@ -762,19 +747,15 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_128": lambda: int4_products(128, 128, True),
     "int4_gluon_8": lambda: int4_gluon(8, 12, True, False),
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
-    "adapters_16": lambda: adapted(8, 16),
-    "adapters_64": lambda: adapted(64, 64),
+    "adapters_16": lambda: adapted(8, 16, beside=False),
+    "adapters_64": lambda: adapted(64, 64, beside=False),
     "adapters_16_beside": lambda: adapted(64, 16, beside=True),
     "adapters_64_beside": lambda: adapted(64, 64, beside=True),
     "whole_weights": whole_weights_of_adapters,
     "adapted_linear_1": lambda: adapted_linears(1),
     "adapted_linear_16": lambda: adapted_linears(16),
+    "adapted_linear_32": lambda: adapted_linears(32),
     "adapted_linear_64": lambda: adapted_linears(64),
-    "adapted_row": adapted_row,
-    "late_linear_1": lambda: adapted_linears(1, late=True),
-    "late_linear_16": lambda: adapted_linears(16, late=True),
-    "late_linear_32": lambda: adapted_linears(32, late=True),
-    "late_linear_64": lambda: adapted_linears(64, late=True),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.triton import low_rank
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import adapter_checks as checks
 
@@ -22,26 +21,21 @@ def test_rows_of_one_adapter_and_of_none(device):
         checks.check_group(torch.full((37,), slot, dtype=torch.int32, device=device), 4)
 
 
-@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
 @pytest.mark.parametrize(
     ("dtype", "rows", "ranks"),
     [(torch.float32, 20, [16, 0, 32]), (torch.bfloat16, 1, [16]), (torch.bfloat16, 33, [32, 16])],
 )
-def test_expand_adds_to_a_product(device, monkeypatch, dtype, rows, ranks, cut):
+def test_expand_adds_to_a_product(device, dtype, rows, ranks):
     """Guards against another adapter's matrices, ranks below the largest, and parts that read another's ranks."""
-    monkeypatch.setattr(low_rank, "CUT", cut)
     checks.check_expand(device, dtype, rows, ranks, 32, 128, (64, 80, 96))
 
 
-@pytest.mark.parametrize("cut", [low_rank.NARROW, low_rank.WIDE])
 @pytest.mark.parametrize("rows", [5, 300])
-def test_an_adapter_s_bits_do_not_depend_on_how_work_is_cut(device, monkeypatch, rows, cut):
+def test_expand_adds_in_wide_tiles_and_to_many_rows(device, rows):
     """Guards against a tile that another tile's parts reach, items that no program has, and K in other parts."""
-    monkeypatch.setattr(low_rank, "CUT", cut)
     checks.check_expand(device, torch.bfloat16, rows, [16, 0, 16, 16], 16, 256, (512, 1024, 2048))
 
 
-@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tiles", "rows"),
     [
@@ -50,25 +44,23 @@ def test_an_adapter_s_bits_do_not_depend_on_how_work_is_cut(device, monkeypatch,
         (torch.bfloat16, Tiles(8, 64, 0, 1, 1), 1),
     ],
 )
-def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows, beside):
+def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows):
     """Guards against a split that adds it again, and rows whose bits depend on their neighbours."""
-    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128, beside=beside)
+    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128)
 
 
-@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 9), (Tiles(8, 64, 0, 1, 1), 1)])
-def test_a_product_of_gate_and_up(device, tiles, rows, beside):
+def test_a_product_of_gate_and_up(device, tiles, rows):
     """Guards against gate's matrices for up, and what is added behind the activation."""
-    checks.check_linear_added(
-        device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True, beside=beside
-    )
+    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_multiplied_by_its_own_adapter(device, dtype):
-    """Guards against another part's or adapter's matrices, ranks below the largest, and up's for gate."""
-    checks.check_linear_adapted_row(device, dtype, [32, 16, 0], 32, Tiles(8, 64, 0, 1, 1), (64, 96, 128), k=128)
-    checks.check_linear_adapted_row(device, dtype, [16, 32], 32, Tiles(8, 64, 0, 1, 1), (64, 128), k=128, fused=True)
+def test_what_is_not_made_beside_is_not_added_late(device):
+    """Guards against a product that begins before x is there."""
+    x, of_rows = torch.zeros(2, 32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    added = checks.added_to(checks.Adapters.make([16], 16, 32, (16,), torch.float32, device), x, of_rows)
+    with pytest.raises(ValueError, match="not made beside"):
+        added.apart(pdl=True)
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 21), (torch.bfloat16, 3)])

@@ -11,15 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.triton import low_rank
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda import adapter_steps, step_products
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import Policy, dense, fastest, untuned
+from baton.models.cuda.products import Policy, fastest, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.node.errors import AdapterError
@@ -118,13 +116,8 @@ def one_row_apart(num_rows: int, shape: ProductShape) -> Tiles:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_tokens_of_products_beside_what_adapters_add(make_model, monkeypatch, family):
-    """Guards the ways that no constant chooses yet: sums that are added late, work that is cut wide, and a row that is
-    multiplied by its adapter in the product."""
-    for module in (low_rank, adapter_steps):
-        monkeypatch.setattr(module, "CUT", low_rank.WIDE)
-    monkeypatch.setattr(step_products, "BESIDE", True)
-    monkeypatch.setattr(dense, "ROW_ADAPTED", True)
+def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, family):
+    """Guards what the product of a single row adds, also to gate and up of either activation."""
     served = Served(make_model(family, num_hidden_layers=2, vocab_size=160).folder, one_row_apart, mixed_tokens=4)
     served.check_logits()
     for slot in (0, 2):
