@@ -1,7 +1,7 @@
-"""Starts a GPU's runner of the model in a folder, without a GPU and without a kernel that runs, as its own process.
+"""Starts a GPU's runner of the model in each folder, without a GPU and without a kernel that runs, as its own process.
 
-Prints one JSON line: launches of the rehearsal and of the start itself, and the kernels of the start that were not
-rehearsed. Gluon's kernels are asked for on a GPU only, so they are not among them.
+Prints one JSON line a folder: launches of the rehearsal and of the start itself, and the kernels of the start that were
+not rehearsed. Gluon's kernels are asked for on a GPU only, so they are not among them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def count_launches() -> None:
     JITFunction.run = counted
 
 
-def main(folder: Path) -> None:
-    driver.set_active(NoDevice())
-    count_launches()
+def rehearse(folder: Path) -> None:
+    Launches.count = 0
     config, queue = ModelConfig.from_folder(folder), RehearsingQueue()
     weights = load_weights(config, folder, torch.bfloat16, pack=False)
     runner = CudaRunner(config, weights, queue, StepLimits(20, 256), LONGEST, untuned)
@@ -76,5 +75,12 @@ def main(folder: Path) -> None:
     print(json.dumps({"rehearsal": queue.launches, "start": launches, "kernels": len(started), "forgotten": forgotten}))
 
 
+def main() -> None:
+    driver.set_active(NoDevice())
+    count_launches()
+    for folder in map(Path, sys.argv[1:]):
+        rehearse(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
