@@ -18,7 +18,7 @@ from baton.launch import cluster as launch
 from baton.launch.local import ServeSettings
 from baton.node.tls import own_server_context
 from baton.tests.certificate import make_certificate
-from baton.tests.integration.cluster import LISTEN, Cluster
+from baton.tests.integration.cluster import LISTEN, Cluster, start_node
 
 KEY = "sk-2f8e6a1c9d"
 PROMPT = "Zanzibar and the quokka"
@@ -120,7 +120,7 @@ def test_old_protocols_and_ciphers_of_tls_are_refused(tmp_path: Path) -> None:
     """Guards keys and prompts on their way, whatever the defaults of Python and uvicorn become."""
     certificate, key = make_certificate(tmp_path)
     settings = ServeSettings(prefill=0, device="cpu", store_ram_gib=0, tls_cert=certificate, tls_key=key)
-    with launch.Cluster(settings) as nodes:
+    with launch.Cluster(settings, start=start_node) as nodes:
         host, _, port = nodes.url.removeprefix("https://").rpartition(":")
 
         def handshake(version: ssl.TLSVersion, ciphers: str) -> str | None:
