@@ -31,7 +31,7 @@ def test_a_process_that_stood_still_blames_no_other():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loss_is_known_to_all_even_if_a_device_fails() -> None:
-    """Guards against a worker that waits for ever, and ranks that are not told, where a broken GPU takes no more
+    """Guards against a worker that waits for ever, and ranks that go on waiting, where a broken GPU takes no more
     calls."""
     (dead, gone), (control, other), (link, peer) = pair(0, 1), pair(0, 2), pair(0, 2)
     delivered: SimpleQueue[RankLost] = SimpleQueue()
