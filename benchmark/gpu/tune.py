@@ -134,7 +134,8 @@ class Steps:
         inputs.lengths.fill_(self._context)
         inputs.positions.fill_(self._context - 1)
         inputs.kv_slots.copy_(tables[:, -1] * BLOCK_TOKENS + BLOCK_TOKENS - 1)
-        plan = split_plan(num_rows, config.num_kv_heads, torch.cuda.get_device_properties(0).multi_processor_count)
+        num_sms, part = torch.cuda.get_device_properties(0).multi_processor_count, config.group_size * config.head_dim
+        plan = split_plan(num_rows, config.num_kv_heads, num_sms, elements=part)
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         scratch = DecodeScratch.make(num_rows, plan.num_chunks, *heads, GPU)
         share_out(inputs.lengths, plan, scratch.work)

@@ -45,7 +45,8 @@ class DecodePlan:
     queries: int = 1
     """Tokens of a sequence that read its keys and values together at most: the last and the drafts behind it."""
     merged: int = 0
-    """Parts that a program merges at a time; 0: what the kernel has by default, and chunks are as many as they are."""
+    """Parts that a program merges at a time, which bounds how many a sequence has; 0: no bound, and what the kernel has
+    by default."""
 
     @property
     def num_parts(self) -> int:
@@ -83,7 +84,9 @@ def split_plan(
     stages = _stages(programs * splits, num_sms, aim)
     least_tokens = FP8_LEAST_TOKENS if aim > 1 else TILE
     merged = merged_parts(elements, 1 if aim > 1 else splits) if elements else 0
-    return DecodePlan((splits + 1) * num_rows, stages, splits, 0, least_tokens, queries, merged)
+    return DecodePlan(
+        (splits + 1) * num_rows, stages, splits, least_tokens=least_tokens, queries=queries, merged=merged
+    )
 
 
 def fixed_plan(
