@@ -12,7 +12,6 @@ import torch
 
 from baton.kernels import Linear
 from baton.models.layer_weights import LayerWeights, Weights
-from baton.node.errors import InvariantBroken
 
 X = TypeVar("X")
 """Rows [N, hidden] as a device hands them to a product: plain or, where the product wants them so, quantised."""
@@ -56,22 +55,35 @@ class LayerOps(Protocol[X, A]):
         ...
 
 
-def run_layers(weights: Weights, ops: LayerOps[X, A], indices: Iterable[int]) -> torch.Tensor | None:
-    """The final norm's output of the tokens that draw, [drawn, hidden]; None if none does.
+def run_layers(weights: Weights, ops: LayerOps[X, A]) -> torch.Tensor | None:
+    """The final norm's output of the tokens that draw, [drawn, hidden]; None if none does."""
+    return end_layers(weights, ops, begin_layers(weights, ops, range(len(weights.layers) - 1)))
 
-    indices: of the layers to run, in rising order and with the last; all of them, but for a rehearsal.
+
+def begin_layers(weights: Weights, ops: LayerOps[X, A], indices: Iterable[int]) -> X:
+    """What the last layer's attention reads: all before depends on no draw.
+
+    indices: of the layers to run, in rising order and without the last; all of them, but for a rehearsal.
     """
     layers = weights.layers
     x = ops.norm(layers[0].input_norm, layers[0].attention.qkv)
     for index in indices:
-        layer = layers[index]
-        attended = ops.attention(index, layer, x)
-        if attended is None:
-            return None
-        x = ops.add_and_norm(attended, layer.attention_output_norm, layer.post_norm, layer.mlp.reader)
-        added = ops.mlp(layer, x)
-        if index + 1 == len(layers):
-            return ops.finish(added, layer.mlp_output_norm, weights.norm)
         following = layers[index + 1]
-        x = ops.add_and_norm(added, layer.mlp_output_norm, following.input_norm, following.attention.qkv)
-    raise InvariantBroken("the last layer was left out")
+        attended = ops.attention(index, layers[index], x)
+        assert attended is not None, "not the last layer"
+        added = _mlp(layers[index], ops, attended)
+        x = ops.add_and_norm(added, layers[index].mlp_output_norm, following.input_norm, following.attention.qkv)
+    return x
+
+
+def end_layers(weights: Weights, ops: LayerOps[X, A], x: X) -> torch.Tensor | None:
+    """The last layer on what `begin_layers` returned; the same as `run_layers`."""
+    last = weights.layers[-1]
+    attended = ops.attention(len(weights.layers) - 1, last, x)
+    return None if attended is None else ops.finish(_mlp(last, ops, attended), last.mlp_output_norm, weights.norm)
+
+
+def _mlp(layer: LayerWeights, ops: LayerOps[X, A], attended: A) -> A:
+    """What the layer's MLP adds, once the residual has what attention adds."""
+    x = ops.add_and_norm(attended, layer.attention_output_norm, layer.post_norm, layer.mlp.reader)
+    return ops.mlp(layer, x)

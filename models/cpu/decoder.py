@@ -81,7 +81,7 @@ class DenseDecoder:
         first_norm = 2 * self._stage.layers(config.num_layers).start
         shared = self._peers, adapters, self._tap, self._stage.is_last, first_norm
         ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, *shared)
-        normed = run_layers(weights, ops, range(len(weights.layers)))
+        normed = run_layers(weights, ops)
         assert normed is not None, "the operations below leave no layer out"
         return normed
 

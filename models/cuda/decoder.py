@@ -6,7 +6,7 @@ writes fixed memory, so that a decode step can be captured in a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,11 +24,11 @@ from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.experts import plan_experts
 from baton.models.cuda.latent import LatentLayers
-from baton.models.cuda.products import Policy, Products, shape_of
+from baton.models.cuda.products import Policy, Products, Rows, shape_of
 from baton.models.cuda.step_ops import Activations, Step, StepOps
 from baton.models.cuda.step_products import StepProducts
 from baton.models.families import SILU
-from baton.models.layer_order import Tap, no_tap, run_layers
+from baton.models.layer_order import Tap, begin_layers, end_layers, no_tap
 from baton.models.layer_weights import (
     AttentionWeights,
     DenseMlpWeights,
@@ -84,7 +84,7 @@ class DeviceDecoder:
             for norms in (head_norms(layer) for layer in weights.layers)
         ]
         self._pool: PagedPool | None = None
-        self._indices: Sequence[int] = range(len(weights.layers))
+        self._indices: Iterable[int] = range(len(weights.layers) - 1)  # of the layers before the last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,8 +96,8 @@ class DeviceDecoder:
     @contextmanager
     def abridged(self) -> Iterator[None]:
         """Inside, steps leave out layers that launch only what others launch. What they compute is of no use."""
-        shapes = [layer.shape for layer in self._weights.layers]
-        self._indices = sorted({*map(shapes.index, shapes), len(shapes) - 1})
+        shapes = [layer.shape for layer in self._weights.layers[:-1]]
+        self._indices = sorted(set(map(shapes.index, shapes)))
         try:
             yield
         finally:
@@ -143,7 +143,33 @@ class DeviceDecoder:
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        normed = self._layers(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
+        x = self.begin_prefill(tokens, positions, kv_slots, attend, adapters)
+        self.end_prefill(x, tokens, positions, kv_slots, attend, drawn, adapters)
+
+    def begin_prefill(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        attend: Attend,
+        adapters: AdapterRows | None = None,
+    ) -> Rows:
+        """The part of `prefill` that depends on no draw, all layers but the last: what that one reads, which lies in
+        the same memory in each step of so many tokens."""
+        return self._begin(Step(tokens, positions, kv_slots, attend, adapters=adapters))
+
+    def end_prefill(
+        self,
+        x: Rows,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        attend: Attend,
+        drawn: torch.Tensor,
+        adapters: AdapterRows | None = None,
+    ) -> None:
+        """The rest of `prefill`, on what `begin_prefill` returned."""
+        normed = self._end(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters), x)
         if normed is not None:
             self._logits(normed, pdl=False, adapters=self._slots_of(adapters, drawn))
 
@@ -173,13 +199,33 @@ class DeviceDecoder:
 
     def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
-        act, config = self._act, self._config
+        return self._end(step, self._begin(step))
+
+    def _begin(self, step: Step) -> Rows:
+        """Layers before the last."""
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
-        residual = torch.index_select(self._weights.embedding, 0, step.tokens, out=act.residual[: len(step.tokens)])
-        products = StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
+        residual = self._residual_of(step)
+        torch.index_select(self._weights.embedding, 0, step.tokens, out=residual)
+        products = self._products_of(step)
         products.embed(step.tokens, residual)
         if self._embedding_scale != 1.0:
             residual.mul_(self._embedding_scale)
+        return begin_layers(self._weights, self._ops(step, products, 0), self._indices)
+
+    def _end(self, step: Step, x: Rows) -> torch.Tensor | None:
+        """The last layer, of which two norms are left."""
+        num_norms = 2 * len(self._weights.layers) - 1
+        return end_layers(self._weights, self._ops(step, self._products_of(step), num_norms), x)
+
+    def _residual_of(self, step: Step) -> torch.Tensor:
+        return self._act.residual[: len(step.tokens)]
+
+    def _products_of(self, step: Step) -> StepProducts:
+        return StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
+
+    def _ops(self, step: Step, products: StepProducts, num_norms: int) -> StepOps:
+        """num_norms: of the step that were computed."""
+        config, residual = self._config, self._residual_of(step)
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
             norms, pool, rope = self._norms[index], self._bound(), self._ropes[index]
@@ -190,9 +236,8 @@ class DeviceDecoder:
             else:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
-        last = config.num_layers - 1
-        ops = StepOps(act, products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums)
-        return run_layers(self._weights, ops, self._indices)
+        last, eps = config.num_layers - 1, config.rms_norm_eps
+        return StepOps(self._act, products, self._experts, step, rope_and_write_layer, last, eps, self._sums, num_norms)
 
     def _slots_of(self, adapters: AdapterRows | None, drawn: torch.Tensor) -> torch.Tensor | None:
         """As AdapterSteps, of some tokens."""

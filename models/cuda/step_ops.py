@@ -104,13 +104,14 @@ class StepOps:
         last: int,
         eps: float,
         sums: RankInbox | None,
+        num_norms: int,
     ) -> None:
-        """last: number of the last layer."""
+        """last: number of the last layer. num_norms: of the step that were computed."""
         self._sums = sums
         self._act, self._products, self._experts, self._step = act, products, experts, step
         self._kv_slots: torch.Tensor | None = step.kv_slots
         self._index = 0  # of the layer
-        self._num_norms = 0
+        self._num_norms = num_norms
         self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
         num_tokens = len(step.tokens)
         self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]

@@ -105,7 +105,7 @@ def numbered(num_layers: int, folder: Path, output_norms: bool = False) -> Weigh
 def test_a_step_walks_through_all_layers(folder):
     """Guards the order of the parts, and that each sum is normed with the weight of the part that reads it."""
     ops = Recorder()
-    run_layers(numbered(2, folder), ops, range(2))
+    run_layers(numbered(2, folder), ops)
     first = ["norm 10", "attention 0", "add 11", "mlp 10", "add 20"]
     assert ops.seen == [*first, "attention 1", "add 21", "mlp 20", "finish 99"]
 
@@ -113,14 +113,14 @@ def test_a_step_walks_through_all_layers(folder):
 def test_what_a_layer_adds_is_normed_before(folder):
     """Guards against the norm of an output that is taken of another part."""
     ops = Recorder()
-    run_layers(numbered(2, folder, output_norms=True), ops, range(2))
+    run_layers(numbered(2, folder, output_norms=True), ops)
     first = ["norm 10", "attention 0", "norm by 12, add 11", "mlp 10", "norm by 13, add 20"]
     assert ops.seen == [*first, "attention 1", "norm by 22, add 21", "mlp 20", "norm by 23, finish 99"]
 
 
 def test_nothing_behind_the_last_keys_is_computed_where_no_token_draws(folder):
     ops = Recorder(stops_in=1)
-    assert run_layers(numbered(2, folder), ops, range(2)) is None
+    assert run_layers(numbered(2, folder), ops) is None
     assert ops.seen[-1] == "attention 1"
 
 
