@@ -2,8 +2,9 @@
 
 The receiver is this process, the sender a child; all ranks of both are on one GPU, or in host memory. A movement is one
 chunk of `chunk_mib` of KV, in blocks of 8 units of 1 MiB (8 KV heads of an 8B model), fanned out over pairs of ranks by
-kvtransfer.planes.sharded. Sizes are taken in turns, so that all meet the same machine. After each round every unit is
-compared. One JSON line a pair of sizes on standard output.
+kvtransfer.planes.sharded. Sizes are taken in turns, so that all meet the same machine; every pair stays connected, for
+to map a peer's memory and to unmap it takes longer than a movement. After each round every unit is compared. One JSON
+line a pair of sizes on standard output.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
 
-NAMES = ("prefill/1", "decode/1")
+RECEIVER = "decode/1"
 UNITS = 8
 TIMEOUT_S = 60.0
 
@@ -85,12 +86,17 @@ class HostUnits:
         self._memory.close()
 
 
+def sender_name(ranks: int) -> str:
+    """Of the sending group of so many ranks."""
+    return f"prefill/{ranks}"
+
+
 class GroupEnd:
     """The ranks of one side, and the plane between the groups."""
 
     def __init__(self, where: str, name: str, ranks: int, num_blocks: int) -> None:
         self._cut, self._num_blocks = Cut.even(UNITS, ranks, 1), num_blocks
-        context = Context(Credentials("prefill" if name == NAMES[0] else "decode"))
+        context = Context(Credentials("decode" if name == RECEIVER else "prefill"))
         self._pools: list[ReshardedPool] = []
         for rank in range(ranks):
             count = num_blocks * len(self._cut.units(rank))
@@ -127,12 +133,12 @@ class GroupEnd:
         return numbers.expand(-1, pool.units.shape[1])
 
 
-def receive(end: GroupEnd, chunks: Sequence[Sequence[int]], number: int) -> float:
-    """The seconds in which all chunks have arrived."""
+def receive(end: GroupEnd, sender: str, chunks: Sequence[Sequence[int]], number: int) -> float:
+    """The seconds in which all chunks have arrived from this group."""
     deadline, done = time.monotonic() + TIMEOUT_S, 0
     begin = time.perf_counter()
     for seq, blocks in enumerate(chunks):
-        end.plane.post_receive(NAMES[0], ChunkKey(number.to_bytes(16, "big"), seq, 0), blocks, blocks)
+        end.plane.post_receive(sender, ChunkKey(number.to_bytes(16, "big"), seq, 0), blocks, blocks)
     while done < len(chunks):
         for each in end.plane.poll():
             assert each.ok, each
@@ -152,7 +158,7 @@ def serve(where: str, num_blocks: int) -> None:
 def _carry_out(groups: dict[int, GroupEnd], where: str, num_blocks: int, request: list[Any]) -> object:
     name, ranks, *arguments = request
     if name == "make":
-        groups[ranks] = GroupEnd(where, NAMES[0], ranks, num_blocks)
+        groups[ranks] = GroupEnd(where, sender_name(ranks), ranks, num_blocks)
         return groups[ranks].address()
     if name == "fill":
         groups[ranks].fill(*arguments)
@@ -170,14 +176,15 @@ def measure(where: str, sizes: Sequence[tuple[int, int]], chunk_mib: int, rounds
     with MeasuringChild("reshard", "--serve", where, "--chunk-mib", str(chunk_mib)) as child:
         addresses = {ranks: child.ask(("make", ranks)) for ranks in sorted({source for source, _ in sizes})}
         ends = {
-            ranks: GroupEnd(where, NAMES[1], ranks, num_blocks) for ranks in sorted({target for _, target in sizes})
+            ranks: GroupEnd(where, RECEIVER, ranks, num_blocks) for ranks in sorted({target for _, target in sizes})
         }
+        for source, target in sizes:
+            ends[target].connect(sender_name(source), addresses[source])
         for number in range(rounds + 1):
             for place, (source, target) in enumerate(sizes):
                 seed, end = 1 + number * len(sizes) + place, ends[target]
                 child.ask(("fill", source, seed))
-                end.connect(NAMES[0], addresses[source])
-                duration_s = receive(end, chunks, seed)
+                duration_s = receive(end, sender_name(source), chunks, seed)
                 wrong[source, target] += end.count_wrong(seed)
                 if number:  # the first maps the peer's memory
                     seconds[source, target].append(duration_s)
