@@ -5,8 +5,9 @@
 
 The server is `python -m baton.testing.fork_server PROGRAM ...`, one thread, which opens nothing before it forks. A node
 runs the module of its command line as `__main__`, in its own process group, with its own environment and log. It
-differs from a process of its own in /proc/PID/cmdline and /proc/PID/environ, which are the server's. For Linux: there
-the kernel also kills the nodes when the server dies, and the server when the thread that made it ends.
+differs from a process of its own in /proc/PID/cmdline and /proc/PID/environ, which are the server's, and in its end:
+after its threads and all of `atexit` the interpreter is not torn down, which would copy what is shared with the server.
+For Linux: there the kernel also kills the nodes when the server dies, and the server when the thread that made it ends.
 """
 
 from __future__ import annotations
@@ -161,7 +162,28 @@ def _become_node(request: dict[str, object], log: int, server: int) -> tuple[str
     return str(request["module"]), arguments
 
 
+def _leave(statuses: list[int]) -> None:
+    """End the process, if it ends by itself; called after all else that is registered with `atexit`."""
+    if statuses:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(statuses[0])
+
+
+def _run(module: str, statuses: list[int]) -> None:
+    """Run a node; adds its exit status unless an exception ends it, which is left to the interpreter."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            statuses.append(end.code or 0)
+        raise
+    statuses.append(0)
+
+
 def main() -> None:
+    statuses: list[int] = []
+    atexit.register(_leave, statuses)
     for program in sys.argv[1:]:
         importlib.import_module(f"{program}.__main__")
         del sys.modules[f"{program}.__main__"]  # a node runs it anew
@@ -171,7 +193,7 @@ def main() -> None:
         node = serve_until_forked(requests)
     if node is not None:
         module, sys.argv[1:] = node
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        _run(module, statuses)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,14 @@ def test_a_node_that_fails_leaves_a_traceback_and_the_status_of_python(server: F
     assert "No module named no_such_module" in (tmp_path / "log").read_text()
 
 
+def test_a_node_ends_after_its_threads_and_calls_with_its_own_status(server: ForkServer, tmp_path: Path) -> None:
+    """A node that ends before it has written all, or that fails and seems not to."""
+    code = "import atexit, threading; atexit.register(print, 'end'); threading.Timer(0.1, print, ['timer']).start()"
+    assert start(server, tmp_path / "log", "timeit", "-n1", "-r1", code).wait(TIMEOUT_S) == 0
+    assert (tmp_path / "log").read_text().split()[-2:] == ["timer", "end"]
+    assert start(server, tmp_path / "log", "base64", "--none").wait(TIMEOUT_S) == 2
+
+
 def test_a_node_is_killed_by_its_group(server: ForkServer, tmp_path: Path) -> None:
     """A test that kills a node, and kills itself, or the server, or nothing."""
     node = start(server, tmp_path / "log", "http.server", str(free_port()), "--bind", "127.0.0.1")
