@@ -44,7 +44,7 @@ class Checksums:
 
     def launch(self, blocks: Sequence[int]) -> None:
         """On torch's current stream."""
-        if any(not 0 <= block < self._num_blocks for block in blocks):
+        if min(blocks, default=0) < 0 or max(blocks, default=0) >= self._num_blocks:
             raise InvariantBroken(f"blocks {list(blocks)} of a pool of {self._num_blocks}")
         self._count = count = len(blocks) * self._num_units
         firsts = np.array(blocks, dtype=np.int64) * self._num_units

@@ -17,14 +17,13 @@ class BlockRun(NamedTuple):
 
 def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[BlockRun]:
     """The fewest runs that move source[i] to target[i] for every i, in order; neighbours are `step` apart."""
-    runs: list[BlockRun] = []
-    for theirs, ours in zip(source, target, strict=True):
-        last = runs[-1] if runs else None
-        if last and (theirs, ours) == (last.source + last.length * step, last.target + last.length * step):
-            runs[-1] = last._replace(length=last.length + 1)
-        else:
-            runs.append(BlockRun(theirs, ours, 1))
-    return runs
+    pairs = list(zip(source, target, strict=True))
+    ends = [
+        place
+        for place, ((theirs, ours), after) in enumerate(pairwise(pairs), 1)
+        if after != (theirs + step, ours + step)
+    ]
+    return [BlockRun(*pairs[first], end - first) for first, end in pairwise([0, *ends, len(pairs)]) if end]
 
 
 def cut(blocks: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]] | None:

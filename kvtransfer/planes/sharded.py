@@ -224,7 +224,8 @@ class ShardedPlane:
     ) -> list[int]:
         """The numbers of these units of each block in a rank's pool of units, or of their layers in that of layers."""
         per_block, per_unit = len(cut.units(rank.rank)), len(cut.layers[rank.stage])
-        units = [block * per_block + first_unit + unit for block in blocks for unit in range(num_units)]
+        firsts = [block * per_block + first_unit for block in blocks]
+        units = [unit for first in firsts for unit in range(first, first + num_units)]
         return [unit * per_unit + layer for unit in units for layer in layers] if self._by_layer else units
 
     def _begin(

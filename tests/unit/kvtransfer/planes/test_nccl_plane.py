@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.blocks.runs import BlockRun, common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.channel import Close, Open, SendGranted, SendRefused, SendRequest, StorePut
 from baton.kvtransfer.planes.nccl import PACK_BELOW_BYTES, NcclPlane
@@ -247,12 +246,3 @@ def test_a_second_open_replaces_the_first_connection(pair) -> None:
     for number in range(5):
         receiver.plane._on_message(SENDER, Open(bytes([number]) * 16))
     assert [connection.sending for connection in receiver.plane._connections.values()] == [False]
-
-
-def test_runs_are_equal_at_both_ends_and_cut_checks_them() -> None:
-    assert common_runs([1, 2, 3, 7], [4, 5, 9, 10]) == [BlockRun(1, 4, 2), BlockRun(3, 9, 1), BlockRun(7, 10, 1)]
-    assert common_runs([3], [0]) == [BlockRun(3, 0, 1)]
-    assert cut([1, 2, 3, 7], [2, 1, 1]) == [(1, 2), (3, 1), (7, 1)]
-    assert cut([1, 2, 3, 7], [3, 1]) == [(1, 3), (7, 1)]
-    for lengths in ([4], [2, 2], [3], [3, 1, 1], [3, 0, 1], []):
-        assert cut([1, 2, 3, 7], lengths) is None
