@@ -33,6 +33,8 @@ class IoDone:
     reason: str = ""
     digest: bytes = b""
     """Of the blocks that a receive has written, where the plane made it on the way; else the receiver makes it."""
+    sums: bytes = b""
+    """Checksums of the units that a receive has written, in order, where the plane made them on the way."""
 
 
 class Plane(Protocol):

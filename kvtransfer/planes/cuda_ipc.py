@@ -65,8 +65,8 @@ class PullEngine(Protocol):
         ...
 
     def ended(self, copy: int) -> bytes | None:
-        """None until it is over, then, once, the digest of the blocks it has written, empty if none was made. Raises
-        PeerLost if it failed."""
+        """None until it is over, then, once, the checksums of the units it has written, in order, empty if none were
+        made. Raises PeerLost if it failed."""
         ...
 
     def shut(self) -> None:
@@ -228,17 +228,17 @@ class CudaIpcPlane:
 
     def _settle(self, pull: _Pull) -> bool:
         """Report the copy if it is over; whether it is."""
-        reason, digest = "" if pull.mapping.wanted else "the peer is gone", b""
+        reason, sums = "" if pull.mapping.wanted else "the peer is gone", b""
         try:
             ended = self._engine.ended(pull.copy)
             if ended is None:
                 return False
-            digest = ended
+            sums = ended
         except PeerLost as error:
             reason = str(error)
         pull.mapping.copies -= 1
         if self._ledger.receive(pull.key) is not None:  # else it was cancelled
-            self._ledger.end_receive(pull.key, reason, digest)
+            self._ledger.end_receive(pull.key, reason, sums)
         return True
 
     def _drop(self, mapping: _Mapping | None) -> None:

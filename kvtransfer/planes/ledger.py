@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.node.errors import InvariantBroken
 
@@ -36,10 +37,11 @@ class IoLedger:
         """Whether a receive of this transfer is posted."""
         return any(key.transfer_id == transfer_id for key in self._receives)
 
-    def end_receive(self, key: ChunkKey, reason: str = "", digest: bytes = b"") -> None:
-        """A posted receive has all its bytes or, with a reason, has failed."""
+    def end_receive(self, key: ChunkKey, reason: str = "", sums: bytes = b"") -> None:
+        """A posted receive has all its bytes, with these checksums, or, with a reason, has failed."""
         del self._receives[key]
-        self._ended.append(IoDone(key, sending=False, ok=not reason, reason=reason, digest=digest))
+        digest = digest_of_sums([sums]) if sums else b""
+        self._ended.append(IoDone(key, sending=False, ok=not reason, reason=reason, digest=digest, sums=sums))
 
     def end_send(self, key: ChunkKey, reason: str = "") -> None:
         """A send needs its blocks no more or, with a reason, has failed."""

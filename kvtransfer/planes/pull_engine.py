@@ -1,7 +1,7 @@
 """The copy engine behind the plane `cuda_ipc`: maps another process's pool and copies out of it on a side stream.
 
-Behind each copy a kernel makes the digest of what has come, on a stream of its own, so that the next copy does not wait
-for it and the host waits for neither. Knows pointers, streams and events; no peer and no transfer. Needs a GPU.
+Behind each copy a kernel makes the checksums of what has come, on a stream of its own, so that the next copy does not
+wait for it and the host waits for neither. Knows pointers, streams and events; no peer and no transfer. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class CudaPullEngine:
         if checksums is None:
             return b""
         self._checksums.append(checksums)
-        return checksums.digest()
+        return checksums.result()
 
     def shut(self) -> None:
         if not self._stream:

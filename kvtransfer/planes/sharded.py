@@ -6,8 +6,9 @@ any two sizes; a chunk has moved when all its pieces have. The first piece that 
 once no other piece can touch a block any more. Ends know ranks by the name of their worker and their number, stage by
 stage, and pieces by ids that both workers derive from the chunk's.
 
-The digest of a chunk that came by layers is over the sums of layers, which stages can make apart from one another. So
-the plane makes it, not the receiver, whose digests are over units.
+Where ends make checksums of the units that they receive, the digest of a chunk is made of these. That of a chunk that
+came by layers is over the sums of layers, which stages can make apart from one another. So the plane makes it, not the
+receiver, whose digests are over units.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from itertools import chain
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.ledger import check_posting
 from baton.kvtransfer.reshard import Cut, Piece, RankId, reshard
@@ -55,7 +59,8 @@ class ChunkIo:
 
     key: ChunkKey
     sending: bool
-    waiting: set[PieceIo] = field(default_factory=set)
+    pieces: dict[PieceIo, Piece]
+    waiting: set[PieceIo]
     """Pieces that have not ended."""
     stopping: set[PieceIo] = field(default_factory=set)
     """Pieces that were cancelled, since another has failed."""
@@ -63,6 +68,8 @@ class ChunkIo:
     """Of the first failure."""
     blocks: tuple[int, ...] = ()
     """Of the local pool, that a receive fills."""
+    sums: dict[PieceIo, bytes] = field(default_factory=dict)
+    """Checksums of what has been received, of the ends that made them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,23 +238,38 @@ class ShardedPlane:
     def _begin(
         self, key: ChunkKey, sending: bool, pieces: Sequence[tuple[int, Piece]], blocks: Sequence[int] = ()
     ) -> ChunkIo:
-        waiting = {PieceIo(end, piece_key(key, piece)) for end, piece in pieces}
-        chunk = ChunkIo(key, sending, waiting, blocks=tuple(blocks))
+        named = {PieceIo(end, piece_key(key, piece)): piece for end, piece in pieces}
+        chunk = ChunkIo(key, sending, named, set(named), blocks=tuple(blocks))
         self._chunks.append(chunk)
         self._of_piece.update(dict.fromkeys(chunk.waiting, chunk))
         return chunk
 
     def _done(self, chunk: ChunkIo) -> IoDone:
         digest = b""
-        if self._layers_digest is not None and chunk.blocks and not chunk.reason:
-            digest = self._layers_digest(chunk.blocks)
+        if chunk.blocks and not chunk.reason:
+            if self._layers_digest is not None:
+                digest = self._layers_digest(chunk.blocks)
+            elif len(chunk.sums) == len(chunk.pieces):
+                digest = self._units_digest(chunk)
         return IoDone(chunk.key, chunk.sending, ok=not chunk.reason, reason=chunk.reason, digest=digest)
+
+    def _units_digest(self, chunk: ChunkIo) -> bytes:
+        """Of the sums of all units, in order; of several copies that of the first rank counts, as in RankPools."""
+        units: dict[int, npt.NDArray[np.uint64]] = {}  # [num_blocks]
+        for io, piece in chunk.pieces.items():
+            rows = np.frombuffer(chunk.sums[io], dtype=np.uint64).reshape(len(chunk.blocks), piece.num_units)
+            first = self._cut.units(piece.target.rank).start + piece.target_unit
+            for unit, sums in enumerate(rows.T, first):
+                units.setdefault(unit, sums)
+        return digest_of_sums([np.stack([units[unit] for unit in sorted(units)], axis=1).tobytes()])
 
     def _on_piece(self, piece: PieceIo, done: IoDone) -> None:
         chunk = self._of_piece.pop(piece, None)
         if chunk is None:
             return  # it was cancelled
         chunk.waiting.discard(piece)
+        if done.sums:
+            chunk.sums[piece] = done.sums
         if not done.ok:
             chunk.reason = f"rank {piece.end}: {done.reason}"
             for other in chunk.waiting:

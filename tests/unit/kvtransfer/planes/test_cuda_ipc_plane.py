@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.blocks.runs import BlockRun
 from baton.kvtransfer.planes.base import ChunkKey, Plane
@@ -80,7 +81,7 @@ class FakeEngine:
         for run in runs:
             for i in range(run.length):
                 self.memory.block(run.target + i)[:] = self.opened[pointer].block(run.source + i)
-        return b"digest of copy %d" % copy
+        return b"sums of copy %d" % copy
 
     def shut(self) -> None:
         self.copies.clear()
@@ -161,13 +162,13 @@ def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
     assert len(rig.received(receiver, ok=False)) == 3 and not rig.engines[1].copies
 
 
-def test_a_receive_carries_the_engines_digest(rig: IpcRig) -> None:
-    """Guards against losing the engine's digest and computing it again on the I/O thread."""
+def test_a_receive_carries_the_engines_sums_and_their_digest(rig: IpcRig) -> None:
+    """Guards against losing the engine's sums and computing them again on the I/O thread."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
     rig.turn()
     (done,) = [done for done in rig.done[RECEIVER] if not done.sending]
-    assert done.ok and done.digest == b"digest of copy 1"
+    assert done.ok and done.sums == b"sums of copy 1" and done.digest == digest_of_sums([done.sums])
 
 
 def test_a_copy_that_fails_is_a_failed_receive(rig: IpcRig) -> None:

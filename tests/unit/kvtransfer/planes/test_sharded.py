@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 
+from baton.kvtransfer.blocks.checksum import sum64, unit_checksums
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
@@ -26,7 +29,7 @@ from baton.node.credentials import Credentials
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.sockets import Context
-from baton.testing.host_rank_pools import HostRankPools
+from baton.testing.host_rank_pools import HostRankPools, HostUnitMemory
 from baton.testing.loopback import Fate, LoopbackFabric, Outcome
 
 UNITS, LAYERS, NUM_BLOCKS = 4, 2, 9
@@ -80,8 +83,11 @@ class Rig:
         for rank, memory in enumerate(pools.memories):
             if kind == "zmq":
                 ends.append(ZmqPlane(self.context, memory, rank_name(name, rank)))
+            elif kind == "loopback":
+                ends.append(self.fabric.plane(rank_name(name, rank), memory))
             else:
-                ends.append(ShmPlane(memory) if kind == "shm" else self.fabric.plane(rank_name(name, rank), memory))
+                end = ShmPlane(memory)
+                ends.append(SummingEnd(end, memory) if kind == "summing" else end)  # type: ignore[arg-type]
         group = PooledRanks(name, pools, ShardedPlane(cut, NUM_BLOCKS, ends))
         for other in self.groups:
             other.plane.connect(name, group.plane.describe())
@@ -141,6 +147,49 @@ def test_every_rank_gets_its_units_and_nothing_else_changes(rig: Rig, sizes: tup
                 assert receiver.unit(rank, block, unit) == expected.unit(rank, block, unit)
     assert receiver.pools.digests([blocks]) == sender.pools.digests([source])
     assert receiver.plane.idle(X) and sender.plane.idle(X)
+
+
+class SummingEnd:
+    """An end in host memory that makes checksums of what it receives, as `cuda_ipc` does."""
+
+    def __init__(self, end: Plane, memory: HostUnitMemory) -> None:
+        self._end, self._memory = end, memory
+        self._receives: dict[ChunkKey, Sequence[int]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._end, name)
+
+    def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
+        self._receives[key] = blocks
+        self._end.post_receive(peer, key, source, blocks)
+
+    def poll(self) -> list[IoDone]:
+        return [each if each.sending else replace(each, sums=self._sums(each.key)) for each in self._end.poll()]
+
+    def _sums(self, key: ChunkKey) -> bytes:
+        units = [np.frombuffer(self._memory.block(unit), dtype=np.uint8) for unit in self._receives.pop(key)]
+        return unit_checksums(np.stack(units)).tobytes()
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sums_of_ends_become_the_digest_that_one_pool_has(rig: Rig, sizes: tuple[int, int]) -> None:
+    """Guards against sums that are put in another order than the sender's, and digests of ranks that are made twice."""
+    sender, receiver = rig.group(PREFILL, sizes[0], "shm"), rig.group(DECODE, sizes[1], "summing")
+    sender.fill(1)
+    source, blocks = [7, 2, 3, 4], [0, 6, 7, 1]
+    done = move(sender, receiver, ChunkKey(X, 3, 0), source, blocks)
+    units = [sender.unit(sender.pools.cut.holders(unit)[0], block, unit) for block in source for unit in range(UNITS)]
+    (received,) = [each for each in done if not each.sending]
+    assert received.ok and received.digest == sum64(memoryview(b"".join(units)), len(units))
+
+
+def test_one_end_without_sums_leaves_the_digest_to_the_receiver(rig: Rig) -> None:
+    """Guards against a digest over the units of some ranks, where an end had no room for sums."""
+    sender, receiver = rig.group(PREFILL, 2, "shm"), rig.group(DECODE, 4, "summing")
+    (*_, last) = receiver.plane._ends
+    with patch.object(last, "_sums", return_value=b""):
+        done = move(sender, receiver, ChunkKey(X, 3, 0), [1], [2])
+    assert len(done) == 2 and all(each.ok and not each.digest for each in done)
 
 
 def test_groups_meet_over_a_network(rig: Rig) -> None:
