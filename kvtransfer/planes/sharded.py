@@ -147,9 +147,9 @@ class ShardedPlane:
             self._ended.append(IoDone(key, sending=True, ok=False, reason=f"{peer} is not connected"))
             return
         chunk = self._begin(key, True, [(_end(self._cut, piece.source), piece) for piece in found.sends])
-        for piece in found.sends:
-            end, name = self._ends[_end(self._cut, piece.source)], rank_name(peer, _end(found.cut, piece.target))
-            end.post_send(name, piece_key(chunk.key, piece), self._source_rows(self._cut, piece, blocks))
+        for io, piece in chunk.pieces.items():
+            name = rank_name(peer, _end(found.cut, piece.target))
+            self._ends[io.end].post_send(name, io.key, self._source_rows(self._cut, piece, blocks))
 
     def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
         check_posting(self._num_blocks, blocks, source)
@@ -159,10 +159,10 @@ class ShardedPlane:
             return
         pieces = [(_end(self._cut, piece.target), piece) for piece in found.receives]
         chunk = self._begin(key, False, pieces, blocks)
-        for piece in found.receives:
+        for io, piece in chunk.pieces.items():
+            name = rank_name(peer, _end(found.cut, piece.source))
             theirs, own = self._source_rows(found.cut, piece, source), self._target_rows(piece, blocks)
-            end, name = self._ends[_end(self._cut, piece.target)], rank_name(peer, _end(found.cut, piece.source))
-            end.post_receive(name, piece_key(chunk.key, piece), theirs, own)
+            self._ends[io.end].post_receive(name, io.key, theirs, own)
 
     def poll(self) -> list[IoDone]:
         for number, end in enumerate(self._ends):
