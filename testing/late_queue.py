@@ -6,10 +6,11 @@ If the host overwrites the inputs of a launched step too early, the result is wr
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
-from baton.models.cuda.queue import QueueMark, Work
+from baton.models.cuda.queue import Hole, QueueMark, T, Work
 
 
 class LateQueue:
@@ -43,6 +44,9 @@ class LateQueue:
     def capture(self, work: Work) -> Work:
         self.run_to(self._entered)
         work()
+        return work
+
+    def capture_around(self, work: Callable[[Hole], T]) -> Callable[[Hole], T]:
         return work
 
     def run_to(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Steps on a GPU of parts of prompts alone: small ones captured, larger ones op by op.
+"""Steps on a GPU of parts of prompts alone: small ones captured, larger ones in pieces, the largest op by op.
 
 A captured step has one shape, and parts of prompts are padded to it. Steps whose prompts are scored are not captured.
 """
@@ -11,9 +11,10 @@ from functools import partial
 
 from baton.models.batch import Draw, Row
 from baton.models.cuda.chunk_upload import ChunkUpload, SentChunks
-from baton.models.cuda.chunks import ChunkShape, lay_out
+from baton.models.cuda.chunks import ChunkShape, lay_out, with_tokens
 from baton.models.cuda.launched import StepResult
 from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.cuda.prompt_entries import PromptEntries
 from baton.models.cuda.prompt_scores import PromptScorer, targets_of
 from baton.models.cuda.queue import Draws, Queue, QueueMark, Work
@@ -48,12 +49,13 @@ class ChunkSteps:
         scorer: PromptScorer,
         meet: Work,
         captured_width: int,
+        pieces: PrefillPieces,
     ) -> None:
         """meet: launched in a step that draws nothing, behind which all ranks have written their KV. captured_width:
         blocks of a sequence of a captured step at most; 0: none is captured."""
         self._queue, self._decoder, self._limits, self._upload = queue, decoder, limits, upload
         self._draws, self._entries, self._scorer, self._meet = draws, entries, scorer, meet
-        self._captured_width = captured_width
+        self._captured_width, self._pieces = captured_width, pieces
         self._captured: list[CapturedChunks] = []  # smallest first
         self._adapted: list[CapturedChunks] = []  # those with adapters
 
@@ -105,13 +107,29 @@ class ChunkSteps:
         captured = next((step for step in steps if step.shape.holds(arrays)), None)
         if captured is not None:
             arrays = captured.shape.padded(arrays, self._upload.slots.padding)
+            return self._upload.send(arrays, rows, len(arrays.tokens)), captured.launch
+        size = self._pieces.size_for(len(arrays.tokens))
+        if size is not None:
+            sent = self._upload.send(with_tokens(arrays, size), rows, size)
+            return sent, self._in_pieces(sent)
         sent = self._upload.send(arrays, rows, len(arrays.tokens))
-        return sent, self._prefill(sent) if captured is None else captured.launch
+        return sent, self._prefill(sent)
 
     def _prefill(self, sent: SentChunks) -> Work:
         """The launches of parts of prompts over a step's arrays."""
         tokens = sent.tokens, sent.positions, sent.kv_slots
         return partial(self._decoder.prefill, *tokens, self._upload.attend(sent), sent.drawn_tokens, sent.adapters)
+
+    def _in_pieces(self, sent: SentChunks) -> Work:
+        """The same, of a size of theirs."""
+        attend, num_tokens = self._upload.attend(sent), len(sent.tokens)
+
+        def work() -> None:
+            for place, given in zip(self._pieces.places, (sent.tokens, sent.positions, sent.kv_slots), strict=True):
+                place[:num_tokens].copy_(given)
+            self._pieces.prefill(num_tokens, attend, sent.drawn_tokens, sent.adapters)
+
+        return work
 
     def _scored(self, rows: Sequence[Row], sent: SentChunks, result: StepResult) -> Work:
         """The same, with log probabilities of the rows' targets: a few rows of logits at a time."""

@@ -86,8 +86,9 @@ class ChunkUpload:
         """Enqueue the copy. The arrays are of these rows, padded to num_tokens; the first `decoding` rows decode, and
         have `padded` tokens in front of the others, which the arrays leave out."""
         of_adapters = arrays_of(self._adapters, rows, padded, num_tokens, before=decoding)
-        sent_targets, *sent = self._upload.send((targets, *arrays, *of_adapters))
-        of_chunks, adapted = sent[: len(arrays)], sent[len(arrays) :]
+        # Those of adapters first: captured steps of so many tokens find them in their place.
+        sent = self._upload.send((*of_adapters, targets, *arrays))
+        adapted, (sent_targets, *of_chunks) = sent[: len(of_adapters)], sent[len(of_adapters) :]
         return SentChunks._make([*of_chunks, sent_targets, rows_of(adapted) if adapted else None])
 
     def attend(self, sent: SentChunks) -> Attend:

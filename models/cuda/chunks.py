@@ -93,10 +93,7 @@ class ChunkShape:
         tables = np.zeros((sequences, self.table_width), dtype=np.int32)
         tables[: len(arrays.tables), : arrays.tables.shape[1]] = arrays.tables
         again = np.repeat(arrays.work[-1:], self.items - len(arrays.work), axis=0)
-        return ChunkArrays(
-            tokens=_filled(arrays.tokens, tokens, 0),
-            positions=_filled(arrays.positions, tokens, 0),
-            kv_slots=_filled(arrays.kv_slots, tokens, -1),
+        return with_tokens(arrays, tokens)._replace(
             query_starts=_filled(arrays.query_starts, sequences + 1, len(arrays.tokens)),
             lengths=_filled(arrays.lengths, sequences, 0),
             tables=tables,
@@ -105,6 +102,15 @@ class ChunkShape:
             drawn_slots=_filled(arrays.drawn_slots, sequences, padding_slot),
             drawn_positions=_filled(arrays.drawn_positions, sequences, 1),
         )
+
+
+def with_tokens(arrays: ChunkArrays, num_tokens: int) -> ChunkArrays:
+    """So many, of which those behind the chunks' write no key."""
+    return arrays._replace(
+        tokens=_filled(arrays.tokens, num_tokens, 0),
+        positions=_filled(arrays.positions, num_tokens, 0),
+        kv_slots=_filled(arrays.kv_slots, num_tokens, -1),
+    )
 
 
 def _filled(values: np.ndarray, count: int, value: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.latent import check_latent
 from baton.node.errors import SettingsError
 
+MIXED_BESIDE_DRAFTS = 128
 DRAFTED_TOKENS = 256
 """Of a decode step with drafts; with more, products take longer by as much as the tokens are more."""
 
@@ -22,8 +23,9 @@ class StepLimits:
     run_ahead: int = 1
     deterministic: bool = False
     """Results do not depend on what else is in the step, at a cost of up to a tenth of a step's time."""
-    mixed_tokens: int = 128
-    """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
+    mixed_tokens: int | None = None
+    """From so many tokens of prompts on, these and decode rows are one pass; None: always, but where there are drafts,
+    which rows in such a pass do without."""
     most_drafts: int = 0
     """Drafts that are verified behind a row's token at most."""
     adapter_slots: int = 0
@@ -32,6 +34,13 @@ class StepLimits:
     """Of an adapter."""
     adapter_wholes: bool = False
     """Adapters may bring an embedding, a head and norms in place of the model's."""
+
+    @property
+    def least_mixed(self) -> int:
+        """mixed_tokens, decided."""
+        if self.mixed_tokens is not None:
+            return self.mixed_tokens
+        return MIXED_BESIDE_DRAFTS if self.most_drafts else 1
 
     @property
     def decode_tokens(self) -> int:

@@ -8,6 +8,7 @@ from baton.models.cuda.chunk_steps import ChunkSteps
 from baton.models.cuda.decode_steps import DecodeSteps
 from baton.models.cuda.draft_graphs import DraftGraphs
 from baton.models.cuda.mixed_steps import MixedSteps
+from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.weights import Progress
 
 
@@ -19,6 +20,7 @@ class PoolBinding:
     decode: DecodeSteps
     chunks: ChunkSteps
     mixed: MixedSteps
+    pieces: PrefillPieces
     after: DraftGraphs | None
     """What follows the draws of decode steps, where there are drafts."""
 
@@ -28,3 +30,4 @@ class PoolBinding:
         if self.after is not None:
             self.after.capture_all()
         self.chunks.capture_all()
+        self.pieces.capture_all()

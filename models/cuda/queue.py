@@ -7,7 +7,7 @@ What is put into a `Queue` runs later, in order, and a mark says when it has run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from baton.models.cuda.compiling import compile_ahead
 from baton.node.errors import InvariantBroken
 
 Work = Callable[[], None]
+T = TypeVar("T")
+Hole = Callable[..., None]
+"""Launches that are not captured, in the midst of some that are."""
 
 BUFFERS = 3
 ALIGNED = 4
@@ -67,6 +70,11 @@ class Queue(Protocol):
         """Work that repeats the launches of `work`, as one. It has run once when this returns."""
         ...
 
+    def capture_around(self, work: Callable[[Hole], T]) -> Callable[[Hole], T]:
+        """Repeats the launches of `work`, but where that calls its hole calls the one given, with the same arguments;
+        what `work` returned. The launches between two calls are one."""
+        ...
+
 
 class CudaQueue:
     """A stream of its own on one GPU."""
@@ -115,6 +123,44 @@ class CudaQueue:
             finally:
                 graph.capture_end()
         return graph.replay
+
+    def capture_around(self, work: Callable[[Hole], T]) -> Callable[[Hole], T]:
+        if self._rehearsing:
+            self.enqueue(lambda: leave_out(work(leave_out)))
+            return work
+        graphs: list[torch.cuda.CUDAGraph] = []
+        calls: list[tuple[Any, ...]] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=self._pool)
+
+        def cut(*call: Any) -> None:
+            graphs[-1].capture_end()
+            calls.append(call)
+            begin()
+
+        with torch.cuda.stream(self._stream):
+            work(leave_out)  # as in `capture`
+            self._stream.synchronize()
+            begin()
+            try:
+                made = work(cut)
+            finally:
+                graphs[-1].capture_end()
+
+        def replay(hole: Hole) -> T:
+            for graph, call in zip(graphs, calls, strict=False):
+                graph.replay()
+                hole(*call)
+            graphs[-1].replay()
+            return made
+
+        return replay
+
+
+def leave_out(*call: Any) -> None:
+    """A hole in which nothing is launched."""
 
 
 class _EventMark:

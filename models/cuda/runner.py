@@ -5,9 +5,9 @@
     launched = runner.launch(rows); ...; launched.read()     # see models.batch
 
 Rows that continue what their slots drew last run in a captured decode step (`decode_steps`), parts of prompts in
-another launch (`chunk_steps`): small ones captured too, larger ones op by op. Where a step has both, and not few tokens
-of prompts, they are one pass over the weights (`mixed_steps`). Whatever the host sends goes through pinned memory, and
-nothing waits for the GPU but `read`.
+another launch (`chunk_steps`); where a step has both they are one pass over the weights (`mixed_steps`). What is no
+larger than the host can launch in time is captured, but for attention (`prefill_pieces`). Whatever the host sends goes
+through pinned memory, and nothing waits for the GPU but `read`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from baton.models.cuda.limits import StepLimits, check_supported
 from baton.models.cuda.mixed_steps import MixedSteps
 from baton.models.cuda.peers import DevicePeers
 from baton.models.cuda.pool_binding import PoolBinding
+from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.cuda.products import Policy, fastest, invariant
 from baton.models.cuda.prompt_entries import PromptEntries
 from baton.models.cuda.prompt_scores import PromptScorer, scored_parts
@@ -210,9 +211,10 @@ class CudaRunner:
         captured_width = self._context.captured_width(width, CHUNK_SEQUENCES, block_tokens)
         meet = no_meeting if self._peers is None else self._peers.meet
         entries, scorer = self._entries, self._scorer
-        chunks = ChunkSteps(queue, decoder, limits, upload, draws, entries, scorer, meet, captured_width)
-        mixed = MixedSteps(queue, decoder, limits, decode, upload, draws, entries)
-        return PoolBinding(block_tokens, decode, chunks, mixed, after)
+        pieces = PrefillPieces(queue, decoder, limits, upload)
+        chunks = ChunkSteps(queue, decoder, limits, upload, draws, entries, scorer, meet, captured_width, pieces)
+        mixed = MixedSteps(queue, decoder, limits, decode, upload, draws, entries, pieces)
+        return PoolBinding(block_tokens, decode, chunks, mixed, pieces, after)
 
     def warm_up(self) -> None:
         """Run steps of every size that has kernels of its own, so that no request waits for a compiler. The pool's

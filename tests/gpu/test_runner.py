@@ -55,6 +55,26 @@ def prompts(count: int, longest: int = 300) -> list[list[int]]:
     return [[chance.randrange(2, 4000) for _ in range(chance.randrange(1, longest))] for _ in range(count)]
 
 
+def test_what_is_captured_around_a_hole_runs_in_order():
+    """Guards pieces that are launched in another order, or with another call's hole between them."""
+    queue, x = CudaQueue(0), torch.zeros(1, device="cuda:0")
+
+    def work(hole: Callable[..., None]) -> str:
+        for number in (1.0, 10.0):
+            x.add_(number)
+            hole(x, number)
+        x.mul_(3)
+        return "made"
+
+    replay, made = queue.capture_around(work), []
+    for factor in (2.0, 5.0):
+        queue.enqueue(lambda: x.zero_())
+        queue.enqueue(lambda factor=factor: made.append(replay(lambda y, number, f=factor: y.mul_(f).add_(number))))
+        queue.mark().wait()
+        assert x.item() == 3 * (((1 * factor + 1) + 10) * factor + 10)
+    assert made == ["made", "made"]
+
+
 def generate(runner: CudaRunner, made: list[list[int]], count: int, chunk: int, **params) -> list[list[int]]:
     """`count` tokens after each prompt, in one batch; prompts are computed in chunks of `chunk`, a few at a time."""
     run, done = Ahead(runner), []

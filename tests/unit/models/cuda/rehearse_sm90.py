@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from baton.kernels.triton.compiling import Kernel, launched_by
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import untuned
-from baton.models.cuda.queue import Work
+from baton.models.cuda.queue import Hole, T, Work, leave_out
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.testing.late_queue import LateQueue
@@ -42,6 +43,10 @@ class RehearsingQueue(LateQueue):
         before = Launches.count
         self.rehearsed = launched_by(work)
         self.launches = Launches.count - before
+
+    def capture_around(self, work: Callable[[Hole], T]) -> Callable[[Hole], T]:
+        work(leave_out)
+        return work
 
 
 class Launches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import Draw, Row
-from baton.models.cuda.chunks import ChunkShape, lay_out
+from baton.models.cuda.chunks import ChunkShape, lay_out, with_tokens
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
+from baton.models.cuda.prefill_pieces import piece_sizes
 from baton.models.cuda.queue import BUFFERS, Upload
 from baton.models.cuda.slots import Slots
 from baton.node.errors import InvariantBroken, SettingsError
@@ -123,6 +125,23 @@ def test_slots_agree_with_what_was_sent(steps):
         places, blocks = slots.changes([Row([7] if anew else [], 3, tables[slot], draw, slot)])
         device.update(zip(places.tolist(), blocks.tolist(), strict=True))
         assert [device[slot * 40 + place] for place in range(len(tables[slot]))] == tables[slot]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "largest"), [(8, None), (16, 16), (100, 64), (1024, 1024), (1100, 1024), (8192, 2048)]
+)
+def test_steps_in_pieces_are_padded_by_less_than_a_tile(max_tokens, largest):
+    """Guards against a size that the step's memory does not hold, and against padding that costs more than launches."""
+    sizes = piece_sizes(max_tokens)
+    assert list(sizes) == sorted(set(sizes)) and (sizes[-1] if sizes else None) == largest
+    assert all(after - before <= 128 for before, after in itertools.pairwise(sizes))
+
+
+def test_padding_of_a_step_writes_no_key():
+    arrays = lay_out([Row([7, 8, 9], 0, [5], None)], 16, 4, 64)
+    padded = with_tokens(arrays, 5)
+    assert padded.tokens.tolist() == [7, 8, 9, 0, 0] and padded.kv_slots.tolist() == [80, 81, 82, -1, -1]
+    assert padded.positions.tolist() == [0, 1, 2, 0, 0] and padded.work is arrays.work
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 70), st.booleans()), min_size=1, max_size=6))
