@@ -204,6 +204,7 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int, draft: P
         num_stages=settings.pp,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
+        lora_vocabulary=settings.lora_vocabulary,
         lora_modules_to_save=settings.lora_modules_to_save,
         draft="" if draft is None else str(draft),
     )

@@ -139,6 +139,7 @@ def _load(
         most_drafts=settings.most_drafts,
         adapter_slots=settings.max_loras,
         max_rank=settings.max_lora_rank,
+        adapter_vocabulary=settings.lora_vocabulary,
         adapter_wholes=settings.lora_modules_to_save,
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)

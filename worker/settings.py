@@ -99,6 +99,11 @@ class WorkerSettings(EngineSettings):
         maximum=1024,
     )
     max_lora_rank: int = option(64, help="largest rank of an adapter", minimum=1, maximum=512)
+    lora_vocabulary: bool = option(
+        False,
+        help="on a GPU: room in each slot of --max-loras for a low-rank pair of the head; on a CPU adapters may always "
+        "have one",
+    )
     lora_modules_to_save: bool = option(
         False,
         help="on a GPU: room in each slot of --max-loras for an embedding, a head and norms in place of the model's; "

@@ -36,10 +36,14 @@ SPLIT_ROWS = 2048
 FEW_ROWS = 256
 SHRINK_ITEMS, EXPAND_ITEMS = 32, 64
 """Programs that go through the items of FEW_ROWS rows or fewer, for each part of A and each tile of B."""
+HEAD_ITEMS = 8
+"""The same of a product whose tiles alone occupy the GPU: with the vocabulary."""
 MORE_ITEMS = 8
 """So many times as many programs go through the items of more rows."""
 EXPAND_BYTES = 1 << 14
 """Of a tile of B, if that is more than 128 outputs."""
+MOST_TILES = 512
+"""Of outputs that are whole tiles; more, as a vocabulary may need, are the largest tiles, of which the last is less."""
 MOST_PARTS = 3
 """Products of a site that read the same x and were put together: query, key and value."""
 
@@ -237,12 +241,20 @@ def load_hidden(
     return total
 
 
+@triton.jit
+def _load_b(matrix, n, r, rank, N: tl.constexpr, EVEN: tl.constexpr):
+    """Rows n of B; EVEN: there are no others."""
+    inside = (r < rank)[None, :] if EVEN else (r < rank)[None, :] & (n < N)[:, None]
+    return tl.load(matrix + n[:, None] * rank + r[None, :], mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows", "site", "b_offset"])
 def _expand_ranks_kernel(
     hidden_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, out_ptr, num_rows, site, b_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, TILE_N: tl.constexpr,
-    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
+    ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr, BESIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL and BESIDE:
         gdc_launch_dependents()
@@ -256,7 +268,7 @@ def _expand_ranks_kernel(
         items_ptr, order_ptr, ranks_ptr, first_item, num_items, site, SITES, ITEM_ROWS, COLUMNS
     )
     matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * b_offset
-    b = tl.load(matrix + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
+    b = _load_b(matrix, n, r, rank, N, EVEN)
     if PDL:
         if BESIDE:
             if (first_item < num_items) | (first_item + first_n == 0):
@@ -268,22 +280,30 @@ def _expand_ranks_kernel(
         hidden = load_hidden(hidden_ptr, row, there, num_rows, part, PARTS, WIDTH, MAX_RANK)
         hidden = tl.where((r < rank)[None, :], hidden, 0.0).to(b.dtype)
         target = out_ptr + row.to(tl.int64)[None, :] * N + n[:, None]
+        inside = there[None, :] if EVEN else there[None, :] & (n < N)[:, None]
         total = tl.zeros([TILE_N, ITEM_ROWS], tl.float32)
         if ADD:
-            total += tl.load(target, mask=there[None, :], other=0.0).to(tl.float32)
+            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
         total = tl.dot(b, hidden.T, total, input_precision="ieee")
-        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=there[None, :])
+        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=inside)
         following = number + tl.num_programs(0)
         slot, rank, row, there = load_item(
             items_ptr, order_ptr, ranks_ptr, following, num_items, site, SITES, ITEM_ROWS, COLUMNS
         )
         matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * b_offset
-        b = tl.load(matrix + n[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
+        b = _load_b(matrix, n, r, rank, N, EVEN)
 
 
-def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: bool = False) -> None:
+def expand(
+    added: AddedProduct,
+    out: torch.Tensor,
+    *,
+    add: bool = True,
+    few_programs: int = EXPAND_ITEMS,
+    pdl: bool = False,
+) -> None:
     """Adds B t to out [M, N] in place, or to the first of parts [S, M, N] of a product; without `add` it becomes out,
-    where rows have an adapter."""
+    where rows have an adapter. few_programs: that go through the items of few rows."""
     whole = out[0] if out.dim() == 3 else out
     num_rows, n = whole.shape
     bank, site, rows = added.bank, added.site, added.rows
@@ -292,15 +312,17 @@ def expand(added: AddedProduct, out: torch.Tensor, *, add: bool = True, pdl: boo
     require(n == site.ends[-1], f"{n} outputs, a site of {site.ends[-1]}")
     _check(bank, whole, added.hidden)
     most = max(128, EXPAND_BYTES // (bank.max_rank * bank.numbers.element_size()))
-    sizes = (size for size in (512, 256, 128, 64, 32, 16) if size <= most)
+    sizes = [size for size in (512, 256, 128, 64, 32, 16) if size <= most]
     tile_n = next((size for size in sizes if all(end % size == 0 for end in site.ends)), 0)
+    if len(site.ends) == 1 and n > MOST_TILES * tile_n:
+        tile_n = sizes[0]
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
-        _expand_ranks_kernel[(_programs(rows, EXPAND_ITEMS), n // tile_n)](
+        _expand_ranks_kernel[(_programs(rows, few_programs), triton.cdiv(n, tile_n))](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
-            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, ADD=add,
-            BESIDE=added.beside, PDL=pdl, **launch_options(4, pdl),
+            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
+            EVEN=n % tile_n == 0, ADD=add, BESIDE=added.beside, PDL=pdl, **launch_options(4, pdl),
         )  # fmt: skip
 
 

@@ -32,14 +32,19 @@ class BankLayout:
 
     sites: tuple[Mapping[str, BankSite], ...]
     """By layer and by the names of PRODUCTS."""
+    head: BankSite | None
+    """None: slots have no room for it."""
+    layers_size: int
+    """Elements of a slot for each unit of rank, but those of the head, which lie behind."""
     unit_size: int
     """Elements of a slot for each unit of rank."""
     cpu_modules: Mapping[str, tuple[int, str]]
     """Modules that slots have no room for: layer and product of each, by name."""
 
     @classmethod
-    def of(cls, config: ModelConfig, rank: Rank = WHOLE) -> BankLayout:
-        """rank: whose part of the products. SettingsError for those that the kernels do not take."""
+    def of(cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False) -> BankLayout:
+        """rank: whose part of the products. vocabulary: with room for pairs of the head. SettingsError for products
+        that the kernels do not take."""
         layers, end, count = [], 0, 0
         for shape in describe(config, rank):
             sites = {}
@@ -54,12 +59,21 @@ class BankLayout:
                 end += len(ends) * k + ends[-1]
                 count += 1
             layers.append(sites)
+        layers_size, hidden, head = end, config.hidden_size, None
+        if vocabulary:
+            if hidden % RANK_STEP:
+                raise SettingsError(
+                    f"--lora-vocabulary: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is {hidden}"
+                )
+            logits = len(rank.vocabulary(config.vocab_size))
+            head = BankSite(count, end, end + hidden, hidden, (logits,))
+            end += hidden + logits
         without = {module: (place.layer, place.product) for module, place in cpu_modules(config).items()}
-        return cls(tuple(layers), end, without)
+        return cls(tuple(layers), head, layers_size, end, without)
 
     @property
     def num_sites(self) -> int:
-        return sum(map(len, self.sites))
+        return sum(map(len, self.sites)) + (self.head is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +223,13 @@ class BankSlots:
 
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
-        if adapter.embedding is not None or adapter.lm_head:
-            raise AdapterError("adapts the embedding or the head by pairs, or of some tokens, which only a CPU does")
+        if adapter.embedding is not None:
+            raise AdapterError("adapts the embedding by pairs, or of some tokens, which only a CPU does")
+        if adapter.lm_head and self._layout.head is None:
+            raise AdapterError(
+                "has a low-rank pair, or rows of tokens, of the head, for which slots on a GPU have room with "
+                "--lora-vocabulary"
+            )
         if adapter.wholes and self._whole_shape is None:
             raise AdapterError(
                 "has an embedding, a head or norms of its own (modules_to_save), for which slots on a GPU have room "
@@ -234,9 +253,10 @@ class BankSlots:
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))
-        numbers = self._host_memory(rank * self._layout.unit_size)
-        ranks = self._copies.host_buffer(self._layout.num_sites)
-        for index, (sites, layer) in enumerate(zip(self._layout.sites, adapter.layers, strict=True)):
+        layout, head = self._layout, self._layout.head
+        numbers = self._host_memory(rank * (layout.unit_size if adapter.lm_head else layout.layers_size))
+        ranks = self._copies.host_buffer(layout.num_sites)
+        for index, (sites, layer) in enumerate(zip(layout.sites, adapter.layers, strict=True)):
             for name in PRODUCTS:
                 parts = layer.product(name)
                 if any(part is not None for part in parts):
@@ -244,6 +264,9 @@ class BankSlots:
                         raise AdapterError(f"adapts {name} of layer {index}, which no kernel here does")
                     ranks[sites[name].number] = rank
                     _put(parts, sites[name], rank, numbers)
+        if adapter.lm_head and head is not None:
+            ranks[head.number] = rank
+            _put(adapter.lm_head, head, rank, numbers)
         flags, wholes = self._wholes_of(adapter)
         for each in (numbers, *(whole for _, whole in wholes)):
             if not torch.isfinite(each).all():  # they would reach other rows of a tile

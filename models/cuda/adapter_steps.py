@@ -12,7 +12,16 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
-from baton.kernels.triton.low_rank import FEW_ROWS, SPLIT_ROWS, AddedProduct, shrink, splits_of
+from baton.kernels.triton.low_rank import (
+    FEW_ROWS,
+    HEAD_ITEMS,
+    SPLIT_ROWS,
+    AddedProduct,
+    BankSite,
+    expand,
+    shrink,
+    splits_of,
+)
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
@@ -45,16 +54,18 @@ class AdapterSteps:
         self._upload = Upload(queue, 2 * aligned(num_rows))
         self._rows = AdapterRows.make(row_tokens, count, device)
         self._kept = AdapterRows.make(row_tokens, count, device)
-        self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=device)
+        self._numbers = torch.arange(most_tokens, dtype=torch.int32, device=device)
         self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
-        sites = {(site.inputs, slots.bank.rank_width(site)) for of_layer in layout.sites for site in of_layer.values()}
+        of_layers = [site for of_layer in layout.sites for site in of_layer.values()]
+        multiplied = of_layers if layout.head is None else [*of_layers, layout.head]
+        sites = {(site.inputs, slots.bank.rank_width(site)) for site in multiplied}
         sizes = [
             self._splits(k, rows) * rows * width
             for k, width in sites
             for rows in {min(SPLIT_ROWS, most_tokens), most_tokens}
         ]
         self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
-        widest = max((site.ends[-1] for of_layer in layout.sites for site in of_layer.values()), default=0)
+        widest = max((site.ends[-1] for site in of_layers), default=0)
         rows = most_tokens if deterministic else min(FEW_ROWS, most_tokens)  # more are cuBLAS's
         self._apart = torch.zeros(rows * widest, dtype=slots.bank.numbers.dtype, device=device)
 
@@ -97,8 +108,9 @@ class AdapterSteps:
         """Launches the first half of what adapters add to a product of x [M, K], valid until the next call; None: the
         model has no such product. beside: as AddedProduct."""
         site = self._layout.sites[layer].get(name)
-        if site is None:
-            return None
+        return None if site is None else self._shrink(site, x, rows, beside=beside, pdl=pdl)
+
+    def _shrink(self, site: BankSite, x: torch.Tensor, rows: AdapterRows, *, beside: bool, pdl: bool) -> AddedProduct:
         num_rows, width = len(x), self._slots.bank.rank_width(site)
         splits = self._splits(site.inputs, num_rows)
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
@@ -114,16 +126,22 @@ class AdapterSteps:
         if self._slots.wholes is not None:
             norm_own(residual, rows.adapters, self._slots.wholes, number, eps, out)
 
-    def head(self, normed: torch.Tensor, adapters: torch.Tensor, logits: torch.Tensor) -> None:
-        """The same of the head; adapters: slots of the rows, int32 [N]."""
+    def head(self, normed: torch.Tensor, rows: AdapterRows, logits: torch.Tensor) -> None:
+        """The same of the head, and what adapters add to it; normed [N, hidden]."""
         if self._slots.wholes is not None:
-            head_own(normed, adapters, self._slots.wholes, logits)
+            head_own(normed, rows.adapters, self._slots.wholes, logits)
+        if (site := self._layout.head) is not None:
+            added = self._shrink(site, normed, rows, beside=False, pdl=False)
+            expand(added, logits, few_programs=HEAD_ITEMS)
 
-    def slots_of(self, rows: AdapterRows, drawn: torch.Tensor) -> torch.Tensor | None:
-        """For the head of some of the rows, by number, int32; None: no adapter has one."""
-        if self._slots.wholes is None:
-            return None
-        return torch.index_select(rows.adapters, 0, drawn, out=self._drawn[: len(drawn)])
+    def head_rows(self, rows: AdapterRows, drawn: torch.Tensor) -> AdapterRows | None:
+        """For the head of some of the rows, by number, int32; None: no adapter changes it."""
+        changed = self._slots.wholes is not None or self._layout.head is not None
+        return self.keep(rows, drawn) if changed else None
+
+    def head_span(self, rows: AdapterRows, begin: int, end: int) -> AdapterRows | None:
+        """The same of rows begin .. end - 1."""
+        return self.head_rows(rows, self._numbers[begin:end])
 
     def _splits(self, num_inputs: int, num_rows: int) -> int:
         return splits_of(num_inputs, num_rows, deterministic=self._deterministic)

@@ -116,7 +116,7 @@ class DeviceDecoder:
         step = Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
         normed = self._layers(step)
         assert normed is not None, "all rows draw"
-        return self._logits(normed, pdl, None if adapters is None else adapters.adapters)
+        return self._logits(normed, pdl, adapters)
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
@@ -171,7 +171,7 @@ class DeviceDecoder:
         """The rest of `prefill`, on what `begin_prefill` returned."""
         normed = self._end(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters), x)
         if normed is not None:
-            self._logits(normed, pdl=False, adapters=self._slots_of(adapters, drawn))
+            self._logits(normed, pdl=False, adapters=self._head_rows(adapters, drawn))
 
     def prefill_scored(
         self,
@@ -191,11 +191,11 @@ class DeviceDecoder:
         normed = self._layers(Step(tokens, positions, kv_slots, attend, adapters=adapters))
         assert normed is not None, "all tokens are computed to the end"
         for number, (begin, end) in enumerate(parts):
-            own = None if adapters is None else adapters.adapters[begin:end]
+            own = None if adapters is None else self._adapted().head_span(adapters, begin, end)
             take(self._logits(normed[begin:end], pdl=False, adapters=own), number)
         if count := len(drawn):
             last = torch.index_select(normed, 0, drawn, out=self._act.last[:count])
-            self._logits(last, pdl=False, adapters=self._slots_of(adapters, drawn))
+            self._logits(last, pdl=False, adapters=self._head_rows(adapters, drawn))
 
     def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
@@ -239,19 +239,20 @@ class DeviceDecoder:
         last, eps = config.num_layers - 1, config.rms_norm_eps
         return StepOps(self._act, products, self._experts, step, rope_and_write_layer, last, eps, self._sums, num_norms)
 
-    def _slots_of(self, adapters: AdapterRows | None, drawn: torch.Tensor) -> torch.Tensor | None:
+    def _head_rows(self, adapters: AdapterRows | None, drawn: torch.Tensor) -> AdapterRows | None:
         """As AdapterSteps, of some tokens."""
-        if adapters is None:
-            return None
-        assert self._adapters is not None, "a step with adapters of a decoder without"
-        return self._adapters.slots_of(adapters, drawn)
+        return None if adapters is None else self._adapted().head_rows(adapters, drawn)
 
-    def _logits(self, normed: torch.Tensor, pdl: bool, adapters: torch.Tensor | None) -> torch.Tensor:
-        """adapters: slots of the rows, int32."""
+    def _adapted(self) -> AdapterSteps:
+        assert self._adapters is not None, "a step with adapters of a decoder without"
+        return self._adapters
+
+    def _logits(self, normed: torch.Tensor, pdl: bool, adapters: AdapterRows | None) -> torch.Tensor:
+        """adapters: of these rows."""
         logits = self._act.logits[: len(normed)]
         self._products.whole(self._weights.lm_head, normed, logits, pdl=pdl)
-        if adapters is not None and self._adapters is not None:
-            self._adapters.head(normed, adapters, logits)
+        if adapters is not None:
+            self._adapted().head(normed, adapters, logits)
         softcap = self._config.logit_softcap
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 

@@ -32,6 +32,8 @@ class StepLimits:
     """Adapters that the GPU holds at a time."""
     max_rank: int = 16
     """Of an adapter."""
+    adapter_vocabulary: bool = False
+    """Adapters may have pairs of the head."""
     adapter_wholes: bool = False
     """Adapters may bring an embedding, a head and norms in place of the model's."""
 

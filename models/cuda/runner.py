@@ -143,7 +143,7 @@ class CudaRunner:
         if not isinstance(model, Weights):
             raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
         limits, rank = self._limits, WHOLE if self._peers is None else self._peers.rank
-        layout, wholes = BankLayout.of(self.config, rank), None
+        layout, wholes = BankLayout.of(self.config, rank, vocabulary=limits.adapter_vocabulary), None
         if limits.adapter_wholes:
             wholes = WholeShape.of(self.config, rank)
         shape = BankShape(layout, limits.adapter_slots, limits.max_rank, model.embedding.dtype, wholes)

@@ -112,6 +112,7 @@ class DeviceRank:
             most_drafts=share.most_drafts,
             adapter_slots=start.model.max_loras,
             max_rank=start.model.max_lora_rank,
+            adapter_vocabulary=start.model.lora_vocabulary,
             adapter_wholes=start.model.lora_modules_to_save,
         )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
@@ -168,7 +169,8 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
     if not part.max_loras:
         return None
     wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
-    return BankShape(BankLayout.of(config, rank), part.max_loras, part.max_lora_rank, dtype, wholes)
+    layout = BankLayout.of(config, rank, vocabulary=part.lora_vocabulary)
+    return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes)
 
 
 def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:

@@ -119,16 +119,21 @@ def check_expand(
     k: int,
     ends: tuple[int, ...],
     pdl: bool = False,
+    few_programs: int = low_rank.EXPAND_ITEMS,
 ) -> None:
-    """Rows without an adapter keep their bits."""
+    """Rows without an adapter keep their bits, and others have those that they have alone."""
     adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
     x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
     before = randn((rows, ends[-1]), dtype, device, 3)
     out = before.clone()
-    low_rank.expand(added_to(adapters, x, of_rows, pdl=pdl), out, pdl=pdl)
+    low_rank.expand(added_to(adapters, x, of_rows, pdl=pdl), out, few_programs=few_programs, pdl=pdl)
     exact = before.double() + adapters.delta(x, of_rows)
     assert error(out, exact) <= 4 * max(error(exact.to(dtype), exact), 1e-6)
     assert torch.equal(out[of_rows < 0], before[of_rows < 0])
+    last = slice(rows - 1, rows)
+    alone = before[last].clone()
+    low_rank.expand(added_to(adapters, x[last], of_rows[last]), alone)
+    assert torch.equal(alone, out[last])
 
 
 def check_linear_added(

@@ -663,6 +663,18 @@ def whole_weights_of_adapters() -> None:
     whole_weights.head_own(rows, ids, weights, empty(8, vocab))
 
 
+def vocabulary_of_adapters(max_rank: int) -> None:
+    """What adapters add to the head of an 8B model, and to one whose outputs are no whole tiles."""
+    from baton.kernels.triton import adapter_rows, low_rank
+
+    bank, of_rows = adapter_bank(max_rank), adapter_rows.AdapterRows.make(8, 32, "meta")
+    hidden = empty(8, 8, max_rank, dtype=torch.float32)
+    for outputs in (128256, 128257):
+        site = low_rank.BankSite(5, 16, 32, 4096, (outputs,))
+        added = low_rank.AddedProduct(bank, site, of_rows, hidden, empty(0))
+        low_rank.expand(added, empty(8, outputs), few_programs=low_rank.HEAD_ITEMS)
+
+
 def adapter_bank(max_rank: int):
     from baton.kernels.triton.low_rank import AdapterBank
 
@@ -751,6 +763,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adapters_64": lambda: adapted(64, 64, beside=False),
     "adapters_16_beside": lambda: adapted(64, 16, beside=True),
     "adapters_64_beside": lambda: adapted(64, 64, beside=True),
+    "vocabulary_16": lambda: vocabulary_of_adapters(16),
+    "vocabulary_64": lambda: vocabulary_of_adapters(64),
     "whole_weights": whole_weights_of_adapters,
     "adapted_linear_1": lambda: adapted_linears(1),
     "adapted_linear_16": lambda: adapted_linears(16),

@@ -36,6 +36,12 @@ def test_expand_adds_in_wide_tiles_and_to_many_rows(device, rows):
     checks.check_expand(device, torch.bfloat16, rows, [16, 0, 16, 16], 16, 256, (512, 1024, 2048))
 
 
+@pytest.mark.parametrize("outputs", [75, 16 * 513])
+def test_expand_adds_to_outputs_that_are_no_whole_tiles(device, outputs):
+    """Guards against outputs past the last, of a row, of B and of memory, and items that no program has."""
+    checks.check_expand(device, torch.bfloat16, 40, [16, 0, 16], 16, 64, (outputs,), few_programs=2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tiles", "rows"),
     [

@@ -264,6 +264,11 @@ def test_what_adapters_add_uses_matrix_instructions_and_fits(kernels):
         for kernel in halves:
             assert kernel["mma"] or kernel["wgmma"], (case, kernel)
             assert kernel["registers"] <= 168 and kernel["shared_bytes"] <= 40 * 1024, (case, kernel)
+    for case in ("vocabulary_16", "vocabulary_64"):
+        assert len(kernels[case]) == 2
+        for kernel in kernels[case]:
+            assert kernel["mma"] or kernel["wgmma"], (case, kernel)
+            assert kernel["registers"] <= 168 and kernel["shared_bytes"] <= 40 * 1024, (case, kernel)
     *rows, head = kernels["whole_weights"]
     assert len(rows) == 2 and all(kernel["registers"] <= 64 for kernel in rows)
     assert head["wgmma"] and head["registers"] <= 168 and 3 * (head["shared_bytes"] + 1024) <= 227 * 1024

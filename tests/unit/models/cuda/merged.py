@@ -48,6 +48,13 @@ def with_wholes(adapter: Adapter, config: ModelConfig) -> Adapter:
     return replace(adapter, whole_embedding=embedding, whole_head=head, norms=norms)
 
 
+def with_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With a pair of the head."""
+    generator = torch.Generator().manual_seed(9)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((5, config.hidden_size), (config.vocab_size, 5)))
+    return replace(adapter, lm_head=(LowRank(a / config.hidden_size**0.5, b * 0.3),))
+
+
 def merged(weights: Weights, adapter: Adapter) -> Weights:
     """Plain weights with W + b a in the place of W, and those that the adapter has in their place."""
     layers, norms = [], adapter.norms
@@ -73,7 +80,7 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
         weights,
         layers=tuple(layers),
         embedding=weights.embedding if whole[0] is None else whole[0],
-        lm_head=weights.lm_head if whole[1] is None else DenseLinear(whole[1]),
+        lm_head=_with(weights.lm_head, adapter.lm_head) if whole[1] is None else DenseLinear(whole[1]),
         norm=norms.get(2 * len(layers), weights.norm),
     )
 

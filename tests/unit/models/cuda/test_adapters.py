@@ -17,7 +17,7 @@ from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.products import Policy, fastest, untuned
+from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.node.errors import AdapterError
@@ -25,7 +25,7 @@ from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import LATENT
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_wholes
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary, with_wholes
 
 BLOCK = 16
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
@@ -158,11 +158,19 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
     assert found[0] != one_after_the_other(served.by_adapter[None], PROMPTS[0], TABLES[0], 2), "it changes nothing"
 
 
-def test_whole_weights_of_adapters_take_the_place_of_the_model_s(make_model):
-    """Guards against rows of another slot's tables, norms of another number, logits of a model's head, flags of the
-    adapter that a slot had before: of captured steps, parts of prompts, both in one pass, and scored prompts."""
-    folder = make_model("llama", num_hidden_layers=2, vocab_size=176).folder
-    served = Served(folder, untuned, edit=with_wholes, mixed_tokens=4, adapter_wholes=True)
+@pytest.mark.parametrize(
+    ("family", "vocab_size", "edit", "limits"),
+    [
+        ("llama", 176, with_wholes, {"adapter_wholes": True}),
+        ("gemma2", 163, with_vocabulary, {"adapter_vocabulary": True}),
+    ],
+)
+def test_what_adapters_change_of_the_vocabulary(make_model, family, vocab_size, edit, limits):
+    """Guards against rows of another slot's tables, norms of another number, logits of a model's head, flags and ranks
+    of the adapter that a slot had before, pairs behind a cap of logits or over the end of a vocabulary: of captured
+    steps, parts of prompts, both in one pass, and scored prompts."""
+    folder = make_model(family, num_hidden_layers=2, vocab_size=vocab_size).folder
+    served = Served(folder, fastest, edit=edit, mixed_tokens=4, **limits)
     served.check_logits()
     run = Ahead(served.late)
     run.adapters = NAMED
@@ -189,12 +197,23 @@ def test_whole_weights_of_adapters_take_the_place_of_the_model_s(make_model):
     assert run.generated(2)[:3] == one_after_the_other(alone, PROMPTS[2], TABLES[2], 3)
 
 
+def test_deterministic_logits_do_not_depend_on_the_batch(make_model):
+    """Guards against what an adapter changes of the vocabulary in other parts or another order beside other rows."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=176).folder
+    limits = {"deterministic": True, "adapter_vocabulary": True}
+    served = Served(folder, invariant, with_vocabulary, **limits)
+    rows = [Row(PROMPTS[slot], 0, TABLES[slot], DRAW, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
+    together = served.late.logits(rows).clone()
+    for index, row in enumerate(rows):
+        assert torch.equal(served.late.logits([row])[0], together[index])
+
+
 def test_adapters_that_no_kernel_runs_are_refused(make_model):
     """Guards against an adapter of which a part is left out."""
     config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
     prepare = BankSlots(BankShape(BankLayout.of(config), 2, 32, torch.bfloat16), LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
-    with pytest.raises(AdapterError, match="head by pairs"):
+    with pytest.raises(AdapterError, match=r"of the head, .* room with --lora-vocabulary"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
     experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
     with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):

@@ -19,7 +19,7 @@ from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary
 from baton.tests.unit.models.eagle_folders import random_draft, write_pair
 
 BLOCK = 16
@@ -102,9 +102,9 @@ def test_a_draft_beside_adapters(tmp_path):
     the row without adapter are right, and some of the other are wrong."""
     folder = tmp_path / "model"
     write_pair(folder, tmp_path / "draft", num_layers=2, mlp_size=16)  # adapters are multiples of 16 wide
-    late, _ = make(folder, tmp_path / "draft", 2, adapter_slots=1, max_rank=16)
+    late, _ = make(folder, tmp_path / "draft", 2, adapter_slots=1, max_rank=16, adapter_vocabulary=True)
     config, weights = late.config, load_weights(late.config, folder, torch.float32, pack=False)
-    adapter = random_adapter(config, [4], 3)
+    adapter = with_vocabulary(random_adapter(config, [4], 3), config)
     assert late.adapters.fill(0, late.adapters.prepare(adapter)).done
     prompt, count, adapters = [9, 8, 7, 6, 5, 4], 7, (None, adapter)
     merged = [merged_runner(config, weights, own, BLOCK) for own in adapters]

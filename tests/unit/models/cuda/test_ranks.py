@@ -19,7 +19,7 @@ from baton.testing.device_ranks import DeviceRanks
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_wholes
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary, with_wholes
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
 from baton.tests.unit.models.eagle_folders import write_pair
 
@@ -93,12 +93,15 @@ def test_ranks_hold_the_same_drafts(make_model):
     assert run.generated(0)[:6] == expected and run.sources["grammar"]
 
 
-def test_ranks_compute_with_their_parts_of_an_adapter(make_model):
+@pytest.mark.parametrize(
+    ("edit", "limits"), [(with_wholes, {"adapter_wholes": True}), (with_vocabulary, {"adapter_vocabulary": True})]
+)
+def test_ranks_compute_with_their_parts_of_an_adapter(make_model, edit, limits):
     """Guards against rows or columns of another rank's product, what an adapter adds to a sum twice, and another rank's
     part of its head."""
     folder = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL).folder
-    ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16, adapter_wholes=True)
-    adapter = with_wholes(random_adapter(plain.config, [12, 5], 1), plain.config)
+    ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16, **limits)
+    adapter = edit(random_adapter(plain.config, [12, 5], 1), plain.config)
     slots = RankSlots(plain.config, [runner.adapters for runner in ranks.runners])
     assert slots.fill(1, slots.prepare(adapter)).done
     whole = load_weights(plain.config, folder, torch.float32, pack=False)

@@ -17,7 +17,7 @@ from baton.models.kv_format import KvFormat
 from baton.models.partition import Rank, part_of
 from baton.node.modelhub import locate_model
 from baton.testing.late_queue import LateQueue
-from baton.tests.unit.models.cuda.merged import random_adapter, with_wholes
+from baton.tests.unit.models.cuda.merged import random_adapter, with_vocabulary, with_wholes
 from baton.tests.unit.worker.ranks.fake_gpus import build_ranks, device
 from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, ModelPart, RankStart, SharedBytes, decode, encode
 
@@ -45,6 +45,7 @@ def start() -> RankStart:
         vocab_size=67,
         max_loras=2,
         max_lora_rank=16,
+        lora_vocabulary=True,
         lora_modules_to_save=True,
     )
     memory = SharedBytes(0, 0, b"")
@@ -67,7 +68,7 @@ class Mappings:
 
 def test_an_adapter_reaches_the_memory_of_each_rank(monkeypatch, config, start):
     """Guards against slots of another shape, rank or GPU than those that the rank's own steps read."""
-    adapter = with_wholes(random_adapter(config, [8] * config.num_layers, 1), config)
+    adapter = with_vocabulary(with_wholes(random_adapter(config, [8] * config.num_layers, 1), config), config)
     shapes = [bank_shape(config, Rank(index, 2), start.model, torch.float32) for index in range(2)]
     memories = [torch.zeros(shape.size_bytes, dtype=torch.uint8) for shape in shapes]
     maps, queues = Mappings({b"bank": memories[1]}), [LateQueue(), LateQueue()]
