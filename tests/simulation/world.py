@@ -186,6 +186,7 @@ class SimNode:
         self.tables: dict[LegKey, BlockTable] = {}
         self.ends: dict[LegKey | bytes, str] = {}
         self.ended_at: dict[LegKey | bytes, float] = {}
+        self._wake_at = float("inf")
         self._planes = [SimPlane(world, self, "pull", True), SimPlane(world, self, "push", False)]
         world.random.shuffle(self._planes)
         self.exchange = TransferExchange(
@@ -217,8 +218,13 @@ class SimNode:
             self.exchange.tick(self.world.now)
             self.settle()
 
+    def _wake(self, at: float) -> None:
+        if at == self._wake_at:  # else an earlier one was scheduled since
+            self._wake_at = float("inf")
+            self.tick()
+
     def settle(self) -> None:
-        """Handle the exchange's events, and schedule the next tick at its next timer."""
+        """Handle the exchange's events, and schedule the next tick at its next timer, unless one comes before."""
         events, self.exchange.events = self.exchange.events, []
         for event in events:
             match event:
@@ -231,9 +237,10 @@ class SimNode:
                 case ReceiverEnded():
                     self._note_end(event.transfer_id, event.reason)
                     self._receiver_ended(event)
-        wake_at = self.exchange.wake_at(self.world.now)
-        if wake_at < float("inf"):
-            self.world.later(max(0.001, wake_at - self.world.now), self.tick)
+        wake_at = max(self.world.now + 0.001, self.exchange.wake_at(self.world.now))
+        if wake_at < self._wake_at:
+            self._wake_at = wake_at
+            self.world.later(wake_at - self.world.now, self._wake, wake_at)
 
     def _note_end(self, key: LegKey | bytes, how: str) -> None:
         if key in self.ends:
