@@ -63,8 +63,8 @@ def launched_by(run: Callable[[], None]) -> list[Kernel]:
             found[name] = _kernel(fn.jit_function, compile)
         return True  # that is, do not compile
 
-    def launch_nothing(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> object:
-        return launch(self, *args, warmup=True, **options)  # so that what was compiled before does not run either
+    def launch_nothing(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+        launch(self, *args, warmup=True, **options)  # so that what was compiled before does not run either
 
     knobs.runtime.jit_cache_hook, JITFunction.run = note, launch_nothing
     try:

@@ -22,6 +22,7 @@ The pool must be finite everywhere: what lies past a sequence's end in its last 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
 from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, merged_parts, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 from baton.kernels.triton.softcap import bounded, limit_log2
 
@@ -225,7 +226,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     pdl: bool = False,
-) -> None:
+) -> Callable[[int, torch.Tensor | None], None]:
     """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
@@ -233,10 +234,10 @@ def decode_attention(
     was given as following others are not read. A row of length 0 is padding: its output is not written. window: how
     many tokens are seen at most, the own one included. scale: D**-0.5 unless given; softcap: the limit of scores,
     softcap.bounded. sinks: float32 [H]. With `pdl` no kernel of the same chain may write lengths or the work.
+    Returns what does the same for another layer and its sinks, in a fraction of the host's time.
     """
     num_rows, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
-    pool.require_layer(layer)
     require(query.shape == out.shape and pool.head_dim == head_dim, "query, out and pool differ in shape")
     require(num_heads % kv_heads == 0 and num_heads // kv_heads <= GROUP_ROWS, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
@@ -256,7 +257,7 @@ def decode_attention(
     enough = enough and len(scratch.work) >= plan.num_chunks and scratch.arrived.numel() >= num_rows * kv_heads
     require(enough, "the scratch is too small for the plan")
     if num_rows == 0:
-        return
+        return launch_nothing
     group_block = triton.next_power_of_2(num_heads // kv_heads)
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
@@ -298,17 +299,28 @@ def decode_attention(
     grid = (kv_heads * plan.num_chunks,)
     if tma and pool.scales is not None and query.dtype != torch.float32 and head_dim >= FP8_DIM and softcap is None:
         words = TensorDescriptor.from_tensor(pool.rows.view(torch.int32), [TILE, head_dim // 4])
-        decode_fp8_attention_kernel[grid](query, words, pool.scales, *common, ASM=not INTERPRETED, **shape)
-        return
-    boxes = TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None
-    _decode_attention_kernel[grid](
-        query,
-        boxes,
-        pool.tensor,
-        pool.scales,
-        *common,
-        SOFTCAP=limit_log2(softcap),
-        DIM_BLOCK=dim_block,
-        TMA=tma,
-        **shape,
-    )
+        launch = Launch(
+            decode_fp8_attention_kernel, grid, query, words, pool.scales, *common, ASM=not INTERPRETED, **shape
+        )
+    else:
+        boxes = TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None
+        launch = Launch(
+            _decode_attention_kernel,
+            grid,
+            query,
+            boxes,
+            pool.tensor,
+            pool.scales,
+            *common,
+            SOFTCAP=limit_log2(softcap),
+            DIM_BLOCK=dim_block,
+            TMA=tma,
+            **shape,
+        )
+
+    def of_layer(layer: int, sinks: torch.Tensor | None) -> None:
+        pool.require_layer(layer)
+        launch(layer=layer, sink_ptr=scratch.softmax if sinks is None else sinks)
+
+    of_layer(layer, sinks)
+    return of_layer

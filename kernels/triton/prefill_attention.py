@@ -20,7 +20,7 @@ pool must be finite everywhere: what lies past a sequence's end in its last tile
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 from baton.kernels.triton.softcap import bounded, limit_log2
 
@@ -213,18 +213,18 @@ def prefill_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     pdl: bool = False,
-) -> None:
+) -> Callable[[int, torch.Tensor | None], None]:
     """Fills out [N, H, D]; query [N, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
     tokens: the list and its tile, `work_list(...)` on the device. window: how many tokens are seen at most, the own one
     included. scale: D**-0.5 unless given; softcap: the limit of scores. sinks: float32 [H]. With `pdl` no
-    kernel of the same chain may write the integers.
+    kernel of the same chain may write the integers. Returns what does the same for another layer and its sinks, in a
+    fraction of the host's time.
     """
     _, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
-    pool.require_layer(layer)
     num_sequences = lengths.shape[0]
     require(query.shape == out.shape and pool.head_dim == head_dim, "query, out and pool differ in shape")
     require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
@@ -242,11 +242,13 @@ def prefill_attention(
     for tensor in (query, out, query_starts, lengths, work, sinks):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if work.shape[0] == 0:
-        return
+        return launch_nothing
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
     stages = 5 if tma and head_dim <= 128 else 3  # of the pipeline, the block table's load included
-    _prefill_attention_kernel[(work.shape[0],)](
+    launch = Launch(
+        _prefill_attention_kernel,
+        (work.shape[0],),
         query,
         TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None,
         pool.tensor,
@@ -279,3 +281,10 @@ def prefill_attention(
         PDL=pdl,
         **launch_options(8 if tokens >= 64 else 4, pdl, stages),
     )
+
+    def of_layer(layer: int, sinks: torch.Tensor | None) -> None:
+        pool.require_layer(layer)
+        launch(layer=layer, sink_ptr=query if sinks is None else sinks)
+
+    of_layer(layer, sinks)
+    return of_layer

@@ -19,6 +19,7 @@ bfloat16, head_dim 128, no window. Formula, bytes and the finite pool: see prefi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import Launch, launch_nothing, require
 from baton.kernels.triton.pool import PagedPool
 
 BLOCK_M, TILE, BUFFERS, REGISTERS = 128, 128, 2, 240
@@ -366,14 +367,13 @@ def prefill_attention(
     num_sms: int,
     counter: torch.Tensor | None,
     out: torch.Tensor,
-) -> None:
-    """As prefill_attention.prefill_attention with tiles of BLOCK_M tokens.
+) -> Callable[[int], None]:
+    """As prefill_attention.prefill_attention with tiles of BLOCK_M tokens; what it returns needs no sinks.
 
     counter: int32 [2], all zero before and after, not shared by launches that may overlap; None: a program an item.
     """
     num_tokens, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
-    pool.require_layer(layer)
     require(query.shape == out.shape and pool.head_dim == head_dim == 128, "query, out and pool must have head_dim 128")
     require(query.dtype == out.dtype == torch.bfloat16, "query and out must be bfloat16")
     require(reads(pool), f"the kernel reads no pool of {pool.dtype} with blocks of {block_tokens} tokens")
@@ -386,8 +386,10 @@ def prefill_attention(
         require(tensor.is_contiguous(), "tensors must be contiguous")
     num_items = work.shape[0]
     if num_items == 0:
-        return
-    _prefill_kernel[(num_items if counter is None else min(num_sms, num_items),)](
+        return launch_nothing
+    launch = Launch(
+        _prefill_kernel,
+        (num_items if counter is None else min(num_sms, num_items),),
         _descriptor(query.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
         _descriptor(pool.rows, [min(block_tokens, TILE), 64]),
         _descriptor(out.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
@@ -399,7 +401,7 @@ def prefill_attention(
         lengths,
         block_tables,
         block_tables.stride(0),
-        layer * 2 * block_tokens,
+        0,  # the layer's
         head_dim**-0.5 * math.log2(math.e),  # no other: see LOWEST in prefill_attention
         pool.unit_rows,
         HEADS=num_heads,
@@ -414,6 +416,13 @@ def prefill_attention(
         REGISTERS=REGISTERS,
         num_warps=4,
     )
+
+    def of_layer(layer: int) -> None:
+        pool.require_layer(layer)
+        launch(layer_row=layer * 2 * block_tokens)
+
+    of_layer(layer)
+    return of_layer
 
 
 def _descriptor(matrix: torch.Tensor, box: list[int]) -> TensorDescriptor:

@@ -11,11 +11,13 @@ of the context once in 8 bits and once in the other dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import Launch, launch_nothing, require
 from baton.kernels.triton.pool import TOKEN_SCALES, PagedPool
 
 PROGRAMS = 4  # of a multiprocessor, which take blocks and heads in turn
@@ -65,12 +67,12 @@ def widen_context(
     out: PagedPool,
     out_tables: torch.Tensor,
     num_sms: int,
-) -> None:
+) -> Callable[[int], None]:
     """Fills blocks of `out`, a pool of one layer, and out_tables, int32 like block_tables [S, blocks of the longest].
 
     lengths int32 [S], tokens in all, 0 for padding. `out` must have as many blocks as the sequences have together.
+    Returns what does the same for another layer, in a fraction of the host's time.
     """
-    pool.require_layer(layer)
     same = (out.num_units, out.block_tokens, out.head_dim) == (pool.num_units, pool.block_tokens, pool.head_dim)
     require(same and out.num_layers == 1 and out.scales is None, "out is no plain pool of one layer of this shape")
     require(pool.scales is not None, f"a pool of {pool.dtype} needs no widening")
@@ -79,8 +81,10 @@ def widen_context(
     require(block_tables.dtype == out_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
     require(len(lengths) == len(block_tables) and lengths.is_contiguous(), "lengths need one a row of the tables")
     if not len(lengths):
-        return
-    _widen_kernel[(PROGRAMS * num_sms,)](
+        return launch_nothing
+    launch = Launch(
+        _widen_kernel,
+        (PROGRAMS * num_sms,),
         pool.tensor,
         pool.scales,
         block_tables,
@@ -102,3 +106,10 @@ def widen_context(
         ROWS=ROWS,
         num_warps=8,
     )
+
+    def of_layer(layer: int) -> None:
+        pool.require_layer(layer)
+        launch(layer=layer)
+
+    of_layer(layer)
+    return of_layer

@@ -29,6 +29,9 @@ Sinks = Sequence[torch.Tensor | None]
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
+OfLayer = Callable[[int], None]
+"""Launches for this layer what was launched for another, over the same memory."""
+
 ITEMS_A_MULTIPROCESSOR = 2
 """Up to so many items of the work list a program each is faster than programs that take items from a counter."""
 
@@ -39,6 +42,28 @@ def grouped_shapes(layers: Iterable[LayerShape]) -> list[GroupedAttention]:
     found = [shape for shape in shapes if isinstance(shape, GroupedAttention)]
     assert len(found) == len(shapes), "one kind of attention a model"
     return found
+
+
+class Repeating:
+    """An Attend of one step, which most layers repeat: with the window, the query and the output of one before.
+
+    It keeps the last query and output of each window.
+    """
+
+    def __init__(
+        self, launch: Callable[[int, torch.Tensor, torch.Tensor], OfLayer], windows: Sequence[int | None]
+    ) -> None:
+        """launch: attends, and returns what repeats it. windows: of each layer."""
+        self._launch, self._windows = launch, windows
+        self._launched: dict[int | None, tuple[object, OfLayer]] = {}
+
+    def __call__(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        memory, window = (query.data_ptr(), out.data_ptr(), query.shape), self._windows[layer]
+        before, of_layer = self._launched.get(window, (None, None))
+        if of_layer is not None and memory == before:
+            of_layer(layer)
+        else:
+            self._launched[window] = memory, self._launch(layer, query, out)
 
 
 def attend_rows(
@@ -52,9 +77,9 @@ def attend_rows(
 ) -> Attend:
     """Attention of one new token a row; shapes and sinks: of each layer."""
 
-    def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+    def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
         shape = shapes[layer]
-        decode_attention(
+        of_layer = decode_attention(
             query,
             pool,
             layer,
@@ -69,8 +94,14 @@ def attend_rows(
             sinks=sinks[layer],
             pdl=pdl,
         )
+        return lambda layer: of_layer(layer, sinks[layer])
 
-    return attend
+    return Repeating(launch, [shape.window for shape in shapes])
+
+
+def place_in(pool: PagedPool, layer: int) -> int:
+    """A pool of one layer has any, one after the other."""
+    return layer if pool.num_layers > 1 else 0
 
 
 class ChunkAttention(Protocol):
@@ -112,7 +143,7 @@ def choose_attention(
         if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.tensor.device)) and prefill_gluon.reads(
             pool
         ):
-            return _Hopper(pool, queue.num_sms)
+            return _Hopper(pool, queue.num_sms, config.num_layers)
     return _Portable(config, sinks, pool)
 
 
@@ -124,12 +155,12 @@ class _Portable:
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
         shapes, sinks, pool, tile = self._shapes, self._sinks, self._pool, self.tile
 
-        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
             shape = shapes[layer]
-            prefill_attention.prefill_attention(
+            of_layer = prefill_attention.prefill_attention(
                 query,
                 pool,
-                layer if pool.num_layers > 1 else 0,
+                place_in(pool, layer),
                 tables,
                 starts,
                 lengths,
@@ -141,27 +172,30 @@ class _Portable:
                 softcap=shape.scores.softcap,
                 sinks=sinks[layer],
             )
+            return lambda layer: of_layer(place_in(pool, layer), sinks[layer])
 
-        return attend
+        return Repeating(launch, [shape.window for shape in shapes])
 
 
 class _Hopper:
-    def __init__(self, pool: PagedPool, num_sms: int) -> None:
+    def __init__(self, pool: PagedPool, num_sms: int, num_layers: int) -> None:
         from baton.kernels.triton import prefill_gluon
 
         self.tile = prefill_gluon.BLOCK_M
         self._attention = prefill_gluon.prefill_attention
-        self._pool, self._num_sms = pool, num_sms
+        self._pool, self._num_sms, self._windows = pool, num_sms, [None] * num_layers
         self._counter = torch.zeros(2, dtype=torch.int32, device=pool.rows.device)
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
-        counter = self._counter if len(work) > ITEMS_A_MULTIPROCESSOR * self._num_sms else None
+        pool, num_sms = self._pool, self._num_sms
+        counter = self._counter if len(work) > ITEMS_A_MULTIPROCESSOR * num_sms else None
 
-        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            place = layer if self._pool.num_layers > 1 else 0
-            self._attention(query, self._pool, place, tables, starts, lengths, work, self._num_sms, counter, out)
+        def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
+            place = place_in(pool, layer)
+            of_layer = self._attention(query, pool, place, tables, starts, lengths, work, num_sms, counter, out)
+            return lambda layer: of_layer(place_in(pool, layer))
 
-        return attend
+        return Repeating(launch, self._windows)
 
 
 class _Widened:
@@ -188,9 +222,14 @@ class _Widened:
             return self._direct.over(tables, starts, lengths, work)
         plain_tables = self._tables[: tables.numel()].view(tables.shape)
         attend_plain = self._attention.over(plain_tables, starts, lengths, work)
+        widen: OfLayer | None = None
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            widen_context(self._pool, layer, tables, lengths, self._plain_pool, plain_tables, self._num_sms)
+            nonlocal widen
+            if widen is None:
+                widen = widen_context(self._pool, layer, tables, lengths, self._plain_pool, plain_tables, self._num_sms)
+            else:
+                widen(layer)
             attend_plain(layer, query, out)
 
         return attend

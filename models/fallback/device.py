@@ -72,10 +72,15 @@ class DeviceFallback:
         """Runs the largest step, so that the memory which it takes for a moment is the process's when a pool is planned
         from what is left. No key is written."""
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=queue.device)
+        held: list[torch.Tensor] = []
+
+        def hold(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            held[:] = query, out  # as attention does until the next layer's
 
         def step() -> None:
             kept = torch.arange(num_tokens, dtype=torch.int32, device=queue.device)
-            self._forward(zeros, zeros, zeros - 1, lambda layer, query, out: None, kept)
+            self._forward(zeros, zeros, zeros - 1, hold, kept)
+            held.clear()
 
         queue.enqueue(step)
         queue.mark().wait()

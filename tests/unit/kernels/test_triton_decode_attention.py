@@ -166,6 +166,8 @@ def test_the_largest_step_can_be_launched(monkeypatch):
     grids = []
 
     class Launches:
+        arg_names = decode_attention._decode_attention_kernel.arg_names
+
         def __getitem__(self, grid):
             grids.append(grid)
             return lambda *_, **__: None
