@@ -11,6 +11,8 @@ chunks, so a row's bits do not depend on the others. Bytes: the weights, H * (P 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import COLUMNS, END, FIRST, PARTS, ROW, START
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
 
 TILE_ROWS = 16  # of a product; in larger ones the bits of a row might be others
 COLUMNS_A_TILE = 64
@@ -142,8 +144,11 @@ def _raise_kernel(
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=(count > 0)[:, None] & (value < VALUE)[None, :])
 
 
-def absorb(query: torch.Tensor, kv_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False) -> None:
-    """Fills out [N, H, L + R]; query [N, H, P + R], kv_up [H, P + V, L], the rows of key_up first."""
+def absorb(
+    query: torch.Tensor, kv_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False
+) -> Callable[[torch.Tensor], None]:
+    """Fills out [N, H, L + R]; query [N, H, P + R], kv_up [H, P + V, L], the rows of key_up first. Returns what does
+    the same with another layer's kv_up, in a fraction of the host's time."""
     num_rows, heads, dim = query.shape
     latent = kv_up.shape[2]
     rotated = out.shape[2] - latent
@@ -155,8 +160,10 @@ def absorb(query: torch.Tensor, kv_up: torch.Tensor, out: torch.Tensor, *, pdl: 
     for tensor in (query, kv_up, out):
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
-        return
-    _absorb_kernel[(heads, triton.cdiv(latent, COLUMNS_A_TILE), triton.cdiv(num_rows, TILE_ROWS))](
+        return launch_nothing
+    launch = Launch(
+        _absorb_kernel,
+        (heads, triton.cdiv(latent, COLUMNS_A_TILE), triton.cdiv(num_rows, TILE_ROWS)),
         query,
         kv_up,
         out,
@@ -173,13 +180,19 @@ def absorb(query: torch.Tensor, kv_up: torch.Tensor, out: torch.Tensor, *, pdl: 
         **launch_options(4, pdl),
     )
 
+    def with_weight(kv_up: torch.Tensor) -> None:
+        launch(weight_ptr=kv_up)
+
+    with_weight(kv_up)
+    return with_weight
+
 
 def raise_merged(
     scratch: DecodeScratch, plan: DecodePlan, kv_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False
-) -> None:
+) -> Callable[[torch.Tensor], None]:
     """Fills out [N, H, V] from what latent_decode_attention left in the scratch; kv_up [H, P + V, L].
 
-    A row without tokens is padding: its output is not written.
+    A row without tokens is padding: its output is not written. Returns the same as absorb.
     """
     num_rows, heads, value = out.shape
     latent = kv_up.shape[2]
@@ -188,10 +201,12 @@ def raise_merged(
     require(scratch.parts.numel() >= plan.num_chunks * heads * latent, "the scratch is too small for the plan")
     require(kv_up.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
-        return
+        return launch_nothing
     few = num_rows <= FEW_ROWS
     rows = 1 if few else TILE_ROWS
-    _raise_kernel[(heads, triton.cdiv(value, VALUES_A_TILE), triton.cdiv(num_rows, rows))](
+    launch = Launch(
+        _raise_kernel,
+        (heads, triton.cdiv(value, VALUES_A_TILE), triton.cdiv(num_rows, rows)),
         scratch.parts,
         scratch.softmax,
         scratch.work,
@@ -211,3 +226,9 @@ def raise_merged(
         PDL=pdl,
         **launch_options(4 if few else 8, pdl),
     )
+
+    def with_weight(kv_up: torch.Tensor) -> None:
+        launch(weight_ptr=kv_up)
+
+    with_weight(kv_up)
+    return with_weight

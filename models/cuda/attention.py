@@ -9,7 +9,7 @@ of a prompt: the context of a step is widened once a layer, into memory of its o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -45,25 +45,24 @@ def grouped_shapes(layers: Iterable[LayerShape]) -> list[GroupedAttention]:
 
 
 class Repeating:
-    """An Attend of one step, which most layers repeat: with the window, the query and the output of one before.
+    """An Attend of one step, which most layers repeat: of the kind, and with the query and output, of one before.
 
-    It keeps the last query and output of each window.
+    It keeps the last query and output of each kind.
     """
 
-    def __init__(
-        self, launch: Callable[[int, torch.Tensor, torch.Tensor], OfLayer], windows: Sequence[int | None]
-    ) -> None:
-        """launch: attends, and returns what repeats it. windows: of each layer."""
-        self._launch, self._windows = launch, windows
-        self._launched: dict[int | None, tuple[object, OfLayer]] = {}
+    def __init__(self, launch: Callable[[int, torch.Tensor, torch.Tensor], OfLayer], kinds: Sequence[Hashable]) -> None:
+        """launch: attends, and returns what repeats it. kinds: of each layer, all in which launches of layers differ
+        but the layer itself and its weights."""
+        self._launch, self._kinds = launch, kinds
+        self._launched: dict[Hashable, tuple[object, OfLayer]] = {}
 
     def __call__(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-        memory, window = (query.data_ptr(), out.data_ptr(), query.shape), self._windows[layer]
-        before, of_layer = self._launched.get(window, (None, None))
+        memory, kind = (query.data_ptr(), out.data_ptr(), query.shape), self._kinds[layer]
+        before, of_layer = self._launched.get(kind, (None, None))
         if of_layer is not None and memory == before:
             of_layer(layer)
         else:
-            self._launched[window] = memory, self._launch(layer, query, out)
+            self._launched[kind] = memory, self._launch(layer, query, out)
 
 
 def attend_rows(
@@ -96,7 +95,7 @@ def attend_rows(
         )
         return lambda layer: of_layer(layer, sinks[layer])
 
-    return Repeating(launch, [shape.window for shape in shapes])
+    return Repeating(launch, [(shape.window, shape.scores) for shape in shapes])
 
 
 def place_in(pool: PagedPool, layer: int) -> int:
@@ -174,7 +173,7 @@ class _Portable:
             )
             return lambda layer: of_layer(place_in(pool, layer), sinks[layer])
 
-        return Repeating(launch, [shape.window for shape in shapes])
+        return Repeating(launch, [(shape.window, shape.scores) for shape in shapes])
 
 
 class _Hopper:
@@ -183,7 +182,7 @@ class _Hopper:
 
         self.tile = prefill_gluon.BLOCK_M
         self._attention = prefill_gluon.prefill_attention
-        self._pool, self._num_sms, self._windows = pool, num_sms, [None] * num_layers
+        self._pool, self._num_sms, self._kinds = pool, num_sms, [None] * num_layers
         self._counter = torch.zeros(2, dtype=torch.int32, device=pool.rows.device)
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
@@ -195,7 +194,7 @@ class _Hopper:
             of_layer = self._attention(query, pool, place, tables, starts, lengths, work, num_sms, counter, out)
             return lambda layer: of_layer(place_in(pool, layer))
 
-        return Repeating(launch, self._windows)
+        return Repeating(launch, self._kinds)
 
 
 class _Widened:

@@ -21,7 +21,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import RopeTables
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import Attend
+from baton.models.cuda.attention import Attend, OfLayer, Repeating
 from baton.models.cuda.products import PADDING
 from baton.models.cuda.step_products import StepProducts
 from baton.models.latent_config import LATENT_NORM_EPS, LatentConfig
@@ -79,15 +79,22 @@ class LatentLayers:
     ) -> Attend:
         """Attention of one new token a row."""
 
-        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
             shape, weights = self._layers[layer]
-            absorbed = self._absorbed[: len(query)]
-            absorb(query, weights.kv_up, absorbed, pdl=pdl)
-            scale = shape.scores.scale
-            latent_decode_attention(absorbed, pool, layer, inputs.tables, plan, scratch, scale=scale, pdl=pdl)
-            raise_merged(scratch, plan, weights.kv_up, out, pdl=pdl)
+            absorbed, scale = self._absorbed[: len(query)], shape.scores.scale
+            absorb_with = absorb(query, weights.kv_up, absorbed, pdl=pdl)
+            attend = latent_decode_attention(absorbed, pool, layer, inputs.tables, plan, scratch, scale=scale, pdl=pdl)
+            raise_with = raise_merged(scratch, plan, weights.kv_up, out, pdl=pdl)
 
-        return attend
+            def of_layer(layer: int) -> None:
+                kv_up = self._layers[layer][1].kv_up
+                absorb_with(kv_up)
+                attend(layer)
+                raise_with(kv_up)
+
+            return of_layer
+
+        return Repeating(launch, [shape.scores for shape, _ in self._layers])
 
 
 class LatentContext:
@@ -129,14 +136,15 @@ class LatentChunks:
         self._layers, self._expanded, self._pool, self._num_sms = layers, expanded, pool, num_sms
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
-        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
             shape, weights = self._layers[layer]
-            latent_prefill_attention(
+            of_layer = latent_prefill_attention(
                 query, self._pool, layer, tables, starts, lengths, work, weights.kv_up, self._expanded, self._num_sms,
                 out, scale=shape.scores.scale,
             )  # fmt: skip
+            return lambda layer: of_layer(layer, self._layers[layer][1].kv_up)
 
-        return attend
+        return Repeating(launch, [shape.scores for shape, _ in self._layers])
 
 
 def latent_layers(weights: Weights) -> list[tuple[LatentAttention, LatentWeights]]:

@@ -15,14 +15,16 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from baton.kernels.triton import decode_attention, prefill_attention, prefill_gluon, widen
+from baton.kernels.triton import decode_attention, latent_products, prefill_attention, prefill_gluon, widen
 from baton.kernels.triton.decode_plan import DecodePlan
+from baton.kernels.triton.latent_decode import latent_decode_attention
+from baton.kernels.triton.latent_prefill import Expanded, latent_prefill_attention
 from baton.kernels.triton.pool import PagedPool
 from baton.tests.unit.kernels.compile_sm90 import NoDevice
 
 LAYERS = (3, 0, 1, 16, 2)
 """Of numbers for which Triton compiles kernels of their own, if it may: 0, 1 and multiples of 16."""
-HEADS, KV_HEADS, DIM, BLOCK, ROWS = 32, 8, 128, 64, 8
+HEADS, KV_HEADS, LATENT_HEADS, DIM, BLOCK, ROWS = 32, 8, 16, 128, 64, 8
 launched: list[tuple] = []
 lookups: list[str] = []
 
@@ -113,12 +115,58 @@ def widened() -> Callable[[int], Callable[[int], None]]:
     return lambda layer: widen.widen_context(paged, layer, tables, lengths, out, out_tables, 132)
 
 
+def latent_decode() -> Callable[[int], Callable[[int], None]]:
+    plan, query, absorbed, out = DecodePlan(40, 3, 4), latent_rows(192), latent_rows(576), latent_rows(128)
+    paged, tables, weights = latent_pool(), ids(ROWS, 4), latent_weights()
+    scratch = decode_attention.DecodeScratch.make(ROWS, plan.num_chunks, LATENT_HEADS, 1, 512, "cpu")
+
+    def first(layer: int) -> Callable[[int], None]:
+        absorb = latent_products.absorb(query, weights[layer], absorbed, pdl=True)
+        attend = latent_decode_attention(absorbed, paged, layer, tables, plan, scratch, scale=0.1, pdl=True)
+        raise_merged = latent_products.raise_merged(scratch, plan, weights[layer], out, pdl=True)
+
+        def of_layer(layer: int) -> None:
+            absorb(weights[layer])
+            attend(layer)
+            raise_merged(weights[layer])
+
+        return of_layer
+
+    return first
+
+
+def latent_prefill() -> Callable[[int], Callable[[int], None]]:
+    paged, query, out, weights = latent_pool(), latent_rows(192), latent_rows(128), latent_weights()
+    expanded = Expanded.make(64, ROWS, LATENT_HEADS, 128, 128, 64, torch.bfloat16, "cpu")  # of four, in four slices
+    arrays = ids(1, 4), ids(2), ids(1), ids(LATENT_HEADS, 3)
+
+    def first(layer: int) -> Callable[[int], None]:
+        of_layer = latent_prefill_attention(query, paged, layer, *arrays, weights[layer], expanded, 132, out, scale=0.1)
+        return lambda layer: of_layer(layer, weights[layer])
+
+    return first
+
+
+def latent_rows(dim: int) -> torch.Tensor:
+    return torch.empty(ROWS, LATENT_HEADS, dim, dtype=torch.bfloat16)
+
+
+def latent_pool() -> PagedPool:
+    return PagedPool.of(torch.empty(2, 1, 20, 1, BLOCK, 576, dtype=torch.bfloat16), planes=1)
+
+
+def latent_weights() -> list[torch.Tensor]:
+    return [torch.empty(LATENT_HEADS, 256, 512, dtype=torch.bfloat16) for _ in range(20)]
+
+
 CASES = {
     "decode": lambda: decode(pool()),
     "decode_fp8": lambda: decode(fp8_pool()),
     "prefill": prefill,
     "gluon": gluon,
     "widen": widened,
+    "latent_decode": latent_decode,
+    "latent_prefill": latent_prefill,
 }
 
 

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.cuda.attention import OfLayer, Repeating
 
 
-def test_attention_is_repeated_over_the_same_memory_and_window_only():
-    """Guards against layers that read the query, or see the window, of another."""
+def test_attention_is_repeated_over_the_same_memory_and_of_the_same_kind_only():
+    """Guards against layers that read the query, or have the window, of another."""
     launched: list[tuple] = []
 
     def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
