@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from baton.benchmark.gpu.ceilings import GPU, randn, seconds
+from baton.benchmark.gpu.ceilings import GPU, Call, randn, seconds
 from baton.benchmark.gpu.kernel_report import KernelReport
 from baton.kernels.triton import latent_decode, latent_prefill, latent_products, latent_write
 from baton.kernels.triton.decode_attention import DecodeScratch
@@ -63,7 +63,7 @@ def _decode(report: KernelReport, heads: int, rows: int, length: int) -> None:
         tflop_s=round(flops / took / 1e12, 1),
     )  # fmt: skip
     report.moved("latent_decode_and_products", size, [partial(whole, layer) for layer in range(layers)], **values)
-    calls = [partial(latent_products.absorb, query, weight, absorbed, pdl=True) for weight in weights]
+    calls: list[Call] = [partial(latent_products.absorb, query, weight, absorbed, pdl=True) for weight in weights]
     report.moved("latent_absorb", heads * PLAIN * LATENT * 2, calls, **values)
     calls = [partial(latent_products.raise_merged, scratch, plan, weight, out, pdl=True) for weight in weights]
     report.moved("latent_raise", heads * VALUE * LATENT * 2, calls, **values)
