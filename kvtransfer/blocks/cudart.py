@@ -13,6 +13,8 @@ from cuda.bindings import runtime
 
 LEAST_PRIORITY = 0
 """Of streams: the numbers go down to the greatest priority (cudaDeviceGetStreamPriorityRange)."""
+MAX_PITCH = (1 << 31) - 1
+"""Bytes: cudaDeviceProp.memPitch."""
 
 
 class CudaError(RuntimeError):
@@ -41,6 +43,14 @@ def fill_zero(pointer: int, size_bytes: int) -> None:
 def copy_async(target: int, source: int, size_bytes: int, stream: int) -> None:
     """Between any two pointers that this process knows, ordered in `stream`; pageable host memory makes it block."""
     _call(runtime.cudaMemcpyAsync(target, source, size_bytes, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream))
+
+
+def copy_rows_async(
+    target: int, source: int, pitches: tuple[int, int], row_bytes: int, num_rows: int, stream: int
+) -> None:
+    """The same for rows that lie `pitches` bytes apart, at the target and at the source: row_bytes to MAX_PITCH."""
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    _call(runtime.cudaMemcpy2DAsync(target, pitches[0], source, pitches[1], row_bytes, num_rows, kind, stream))
 
 
 def copy(target: int, source: int, size_bytes: int) -> None:

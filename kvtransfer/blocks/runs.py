@@ -26,6 +26,36 @@ def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> 
     return [BlockRun(*pairs[first], end - first) for first, end in pairwise([0, *ends, len(pairs)]) if end]
 
 
+class RunSeries(NamedTuple):
+    """`num_runs` runs like `first`, each so many blocks behind the one before it; one alone is its own length apart."""
+
+    first: BlockRun
+    num_runs: int
+    source_step: int
+    target_step: int
+
+
+def evenly_spaced(runs: Sequence[BlockRun], max_step: int) -> list[RunSeries]:
+    """These runs in order, in series that overlap at neither end, with steps of at most `max_step` blocks.
+
+    The units of a rank that a group of another size needs are one series, where blocks are consecutive.
+    """
+    steps = [
+        (after.source - run.source, after.target - run.target) if after.length == run.length else (0, 0)
+        for run, after in pairwise(runs)
+    ]
+    found, begin = [], 0
+    while begin < len(runs):
+        first, end, step = runs[begin], begin + 1, (runs[begin].length, runs[begin].length)
+        if end < len(runs) and first.length <= min(steps[begin]) and max(steps[begin]) <= max_step:
+            step = steps[begin]
+            while end < len(runs) and steps[end - 1] == step:
+                end += 1
+        found.append(RunSeries(first, end - begin, *step))
+        begin = end
+    return found
+
+
 def cut(blocks: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]] | None:
     """`blocks` as (first, length) of the given lengths; None unless they add up and each piece is consecutive."""
     if sum(lengths) != len(blocks) or any(length < 1 for length in lengths):

@@ -17,7 +17,7 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, PoolMemory
 from baton.kvtransfer.blocks.digest import Checksums
-from baton.kvtransfer.blocks.runs import BlockRun
+from baton.kvtransfer.blocks.runs import BlockRun, RunSeries, evenly_spaced
 from baton.kvtransfer.planes.cuda_ipc import Exported
 from baton.kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
 from baton.node.errors import PeerLost
@@ -90,12 +90,10 @@ class CudaPullEngine:
 
     def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
         cudart.use_device(self._memory.device_index)
-        size, own = self.block_bytes, self._memory.pointer
         blocks = [block for run in runs for block in range(run.target, run.target + run.length)]
         try:
-            for run in runs:
-                source, target = pointer + run.source * size, own + run.target * size
-                cudart.copy_async(target, source, run.length * size, self._stream)
+            for series in evenly_spaced(runs, cudart.MAX_PITCH // self.block_bytes):
+                self._copy(series, pointer)
             event = self._events.pop() if self._events else cudart.create_event()
             checksums = self._digest(blocks, event)
             if checksums is None:
@@ -137,6 +135,15 @@ class CudaPullEngine:
         self._copies.clear()
         cudart.destroy_stream(self._stream)
         self._stream = 0
+
+    def _copy(self, series: RunSeries, pointer: int) -> None:
+        (first, num_runs, source_step, target_step), size = series, self.block_bytes
+        source, target = pointer + first.source * size, self._memory.pointer + first.target * size
+        if num_runs == 1:
+            cudart.copy_async(target, source, first.length * size, self._stream)
+            return
+        pitches = target_step * size, source_step * size
+        cudart.copy_rows_async(target, source, pitches, first.length * size, num_runs, self._stream)
 
     def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
         """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no

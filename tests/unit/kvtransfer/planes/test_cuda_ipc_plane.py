@@ -13,9 +13,11 @@ import pytest
 
 from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.blocks.runs import BlockRun
+from baton.kvtransfer.blocks.runs import BlockRun, evenly_spaced
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
+from baton.kvtransfer.planes.sharded import ShardedPlane
+from baton.kvtransfer.reshard import Cut
 from baton.node.errors import PeerLost
 
 _spec = importlib.util.spec_from_file_location("cuda_ipc_contract", Path(__file__).with_name("test_planes.py"))
@@ -183,3 +185,25 @@ def test_a_plane_does_not_reach_its_own_pool(rig: IpcRig) -> None:
     """Guards against opening a CUDA IPC handle in its own process, which CUDA refuses."""
     end = rig.end(SENDER)
     assert not end.plane.reaches(end.plane.describe())
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (2, 4), (4, 2), (1, 8), (8, 1)], ids=str)
+def test_a_pair_of_ranks_costs_one_copy(sizes: tuple[int, int]) -> None:
+    """Guards against a copy for each block, between groups whose ranks hold different units of consecutive blocks."""
+    units, num_blocks = 8, 6
+    driver: dict[bytes, HostMemory] = {}
+    cuts = [Cut.even(units, ranks, 1) for ranks in sizes]
+    memories = [[HostMemory(num_blocks * len(cut.units(rank)), 8) for rank in range(cut.ranks)] for cut in cuts]
+    engines = [[FakeEngine(memory, driver) for memory in group] for group in memories]
+    planes = [
+        ShardedPlane(cut, num_blocks, [CudaIpcPlane(engine) for engine in group])
+        for cut, group in zip(cuts, engines, strict=True)
+    ]
+    planes[1].connect(SENDER, planes[0].describe())
+    planes[1].post_receive(SENDER, ChunkKey(X, 0, 0), range(num_blocks), range(num_blocks))
+    copies = [evenly_spaced(runs, 100) for engine in engines[1] for _, runs in engine.copies.values()]
+    assert [len(series) for series in copies] == [1] * max(sizes)
+    for plane, group in zip(planes, memories, strict=True):
+        plane.close()
+        for memory in group:
+            memory.close()
