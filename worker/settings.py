@@ -101,8 +101,8 @@ class WorkerSettings(EngineSettings):
     max_lora_rank: int = option(64, help="largest rank of an adapter", minimum=1, maximum=512)
     lora_vocabulary: bool = option(
         False,
-        help="on a GPU: room in each slot of --max-loras for a low-rank pair of the head; on a CPU adapters may always "
-        "have one",
+        help="on a GPU: room in each slot of --max-loras for low-rank pairs of the embedding and the head; on a CPU "
+        "adapters may always have them",
     )
     lora_modules_to_save: bool = option(
         False,

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
 from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
-from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, Parts, layer_products
+from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, LowRank, Parts, layer_products
 from baton.models.adapters.modules import cpu_modules
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
@@ -26,16 +27,24 @@ from baton.node.errors import AdapterError, InvariantBroken, SettingsError
 MOST_RANK = 256
 
 
+class VocabularySites(NamedTuple):
+    """Of pairs of the embedding and the head."""
+
+    embedding: BankSite
+    """Its inputs are the vocabulary; of A a slot has the transpose."""
+    head: BankSite
+
+
 @dataclass(frozen=True, slots=True)
 class BankLayout:
     """Where a model's products have their matrices in a slot."""
 
     sites: tuple[Mapping[str, BankSite], ...]
     """By layer and by the names of PRODUCTS."""
-    head: BankSite | None
-    """None: slots have no room for it."""
+    vocabulary: VocabularySites | None
+    """None: slots have no room for them."""
     layers_size: int
-    """Elements of a slot for each unit of rank, but those of the head, which lie behind."""
+    """Elements of a slot for each unit of rank, but those of `vocabulary`, which lie behind."""
     unit_size: int
     """Elements of a slot for each unit of rank."""
     cpu_modules: Mapping[str, tuple[int, str]]
@@ -43,8 +52,8 @@ class BankLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False) -> BankLayout:
-        """rank: whose part of the products. vocabulary: with room for pairs of the head. SettingsError for products
-        that the kernels do not take."""
+        """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head.
+        SettingsError for products that the kernels do not take."""
         layers, end, count = [], 0, 0
         for shape in describe(config, rank):
             sites = {}
@@ -59,21 +68,23 @@ class BankLayout:
                 end += len(ends) * k + ends[-1]
                 count += 1
             layers.append(sites)
-        layers_size, hidden, head = end, config.hidden_size, None
+        layers_size, hidden, vocab_sites = end, config.hidden_size, None
         if vocabulary:
             if hidden % RANK_STEP:
                 raise SettingsError(
                     f"--lora-vocabulary: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is {hidden}"
                 )
-            logits = len(rank.vocabulary(config.vocab_size))
-            head = BankSite(count, end, end + hidden, hidden, (logits,))
-            end += hidden + logits
+            tokens, logits = config.vocab_size, len(rank.vocabulary(config.vocab_size))
+            behind = end + tokens + hidden
+            embedding = BankSite(count, end, end + tokens, tokens, (hidden,))
+            vocab_sites = VocabularySites(embedding, BankSite(count + 1, behind, behind + hidden, hidden, (logits,)))
+            end = behind + hidden + logits
         without = {module: (place.layer, place.product) for module, place in cpu_modules(config).items()}
-        return cls(tuple(layers), head, layers_size, end, without)
+        return cls(tuple(layers), vocab_sites, layers_size, end, without)
 
     @property
     def num_sites(self) -> int:
-        return sum(map(len, self.sites)) + (self.head is not None)
+        return sum(map(len, self.sites)) + len(self.vocabulary or ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +234,11 @@ class BankSlots:
 
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
-        if adapter.embedding is not None:
-            raise AdapterError("adapts the embedding by pairs, or of some tokens, which only a CPU does")
-        if adapter.lm_head and self._layout.head is None:
+        of_vocabulary = adapter.embedding is not None or bool(adapter.lm_head)
+        if of_vocabulary and self._layout.vocabulary is None:
             raise AdapterError(
-                "has a low-rank pair, or rows of tokens, of the head, for which slots on a GPU have room with "
-                "--lora-vocabulary"
+                "has a low-rank pair, or rows of tokens, of the embedding or the head, for which slots on a GPU have "
+                "room with --lora-vocabulary"
             )
         if adapter.wholes and self._whole_shape is None:
             raise AdapterError(
@@ -253,8 +263,8 @@ class BankSlots:
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))
-        layout, head = self._layout, self._layout.head
-        numbers = self._host_memory(rank * (layout.unit_size if adapter.lm_head else layout.layers_size))
+        layout = self._layout
+        numbers = self._host_memory(rank * (layout.unit_size if of_vocabulary else layout.layers_size))
         ranks = self._copies.host_buffer(layout.num_sites)
         for index, (sites, layer) in enumerate(zip(layout.sites, adapter.layers, strict=True)):
             for name in PRODUCTS:
@@ -264,9 +274,14 @@ class BankSlots:
                         raise AdapterError(f"adapts {name} of layer {index}, which no kernel here does")
                     ranks[sites[name].number] = rank
                     _put(parts, sites[name], rank, numbers)
-        if adapter.lm_head and head is not None:
-            ranks[head.number] = rank
-            _put(adapter.lm_head, head, rank, numbers)
+        if layout.vocabulary is not None:
+            embedding, head = layout.vocabulary
+            if adapter.embedding is not None:
+                ranks[embedding.number] = rank
+                _put_embedding(adapter.embedding, embedding, rank, numbers)
+            if adapter.lm_head:
+                ranks[head.number] = rank
+                _put(adapter.lm_head, head, rank, numbers)
         flags, wholes = self._wholes_of(adapter)
         for each in (numbers, *(whole for _, whole in wholes)):
             if not torch.isfinite(each).all():  # they would reach other rows of a tile
@@ -319,6 +334,13 @@ def _put(parts: Parts, site: BankSite, rank: int, numbers: torch.Tensor) -> None
         if part is not None:
             of_a[: part.rank] = part.a
             of_b[:, : part.rank] = part.b
+
+
+def _put_embedding(pair: LowRank, site: BankSite, rank: int, numbers: torch.Tensor) -> None:
+    """The same, with A by tokens."""
+    num_tokens, hidden = site.inputs, site.ends[-1]
+    numbers[rank * site.a_offset :][: num_tokens * rank].view(num_tokens, rank)[:, : pair.rank] = pair.a.t()
+    numbers[rank * site.b_offset :][: hidden * rank].view(hidden, rank)[:, : pair.rank] = pair.b
 
 
 def _cut(b: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:

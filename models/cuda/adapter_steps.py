@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
+from baton.kernels.triton.embedding_pairs import embed_pairs
 from baton.kernels.triton.low_rank import (
     FEW_ROWS,
     HEAD_ITEMS,
@@ -57,7 +58,7 @@ class AdapterSteps:
         self._numbers = torch.arange(most_tokens, dtype=torch.int32, device=device)
         self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         of_layers = [site for of_layer in layout.sites for site in of_layer.values()]
-        multiplied = of_layers if layout.head is None else [*of_layers, layout.head]
+        multiplied = of_layers if layout.vocabulary is None else [*of_layers, layout.vocabulary.head]
         sites = {(site.inputs, slots.bank.rank_width(site)) for site in multiplied}
         sizes = [
             self._splits(k, rows) * rows * width
@@ -117,9 +118,12 @@ class AdapterSteps:
         return shrink(x, self._slots.bank, site, rows, hidden, self._apart, beside=beside, pdl=pdl)
 
     def embed(self, tokens: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
-        """Launches what adapters have in place of the model's embedding of tokens, int32 [N], over out [N, hidden]."""
+        """Launches what adapters have in place of the model's embedding of tokens, int32 [N], and what they add to it,
+        over out [N, hidden]."""
         if self._slots.wholes is not None:
             embed_own(tokens, rows.adapters, self._slots.wholes, out)
+        if (sites := self._layout.vocabulary) is not None:
+            embed_pairs(tokens, self._slots.bank, sites.embedding, rows, out)
 
     def norm(self, number: int, residual: torch.Tensor, rows: AdapterRows, eps: float, out: torch.Tensor) -> None:
         """The same of norm `number` of a step, in its order."""
@@ -130,13 +134,13 @@ class AdapterSteps:
         """The same of the head, and what adapters add to it; normed [N, hidden]."""
         if self._slots.wholes is not None:
             head_own(normed, rows.adapters, self._slots.wholes, logits)
-        if (site := self._layout.head) is not None:
-            added = self._shrink(site, normed, rows, beside=False, pdl=False)
+        if (sites := self._layout.vocabulary) is not None:
+            added = self._shrink(sites.head, normed, rows, beside=False, pdl=False)
             expand(added, logits, few_programs=HEAD_ITEMS)
 
     def head_rows(self, rows: AdapterRows, drawn: torch.Tensor) -> AdapterRows | None:
         """For the head of some of the rows, by number, int32; None: no adapter changes it."""
-        changed = self._slots.wholes is not None or self._layout.head is not None
+        changed = self._slots.wholes is not None or self._layout.vocabulary is not None
         return self.keep(rows, drawn) if changed else None
 
     def head_span(self, rows: AdapterRows, begin: int, end: int) -> AdapterRows | None:

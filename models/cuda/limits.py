@@ -33,7 +33,7 @@ class StepLimits:
     max_rank: int = 16
     """Of an adapter."""
     adapter_vocabulary: bool = False
-    """Adapters may have pairs of the head."""
+    """Adapters may have pairs of the embedding and the head."""
     adapter_wholes: bool = False
     """Adapters may bring an embedding, a head and norms in place of the model's."""
 

@@ -50,7 +50,7 @@ class StepProducts:
         return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """What adapters have in place of the model's embedding, over out [N, hidden]."""
+        """What adapters have in place of the model's embedding, or add to it, over out [N, hidden]."""
         if self._rows is not None:
             assert self._adapters is not None, "a step with adapters of a decoder without"
             self._adapters.embed(tokens, self._rows, out)

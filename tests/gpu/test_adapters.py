@@ -24,7 +24,7 @@ from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +72,16 @@ def test_expand(rows, max_rank):
     for dtype in (BF16, torch.float32):
         checks.check_expand(GPU, dtype, rows, RANKS[max_rank], max_rank, 4096, QKV_ENDS, pdl=True)
     checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 14336, (4096,))
+
+
+@pytest.mark.parametrize("max_rank", [16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_what_is_added_to_embeddings_and_logits(rows, max_rank):
+    """Guards a vocabulary in whole tiles and in others."""
+    for dtype in (BF16, torch.float32):
+        checks.check_embed(GPU, dtype, rows, RANKS[max_rank], max_rank, 32064, 4096)
+    for vocab in (128256, 49155):
+        checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 4096, (vocab,))
 
 
 @pytest.mark.parametrize("max_rank", [16, 64])
@@ -130,7 +140,8 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(rows)
 
 
 class Mixed:
-    """A runner of the demo model, or of a folder's, with three adapters in four slots."""
+    """A runner of the demo model, or of a folder's, with three adapters in four slots; the first and the third have
+    pairs of the vocabulary, where slots have room for them."""
 
     def __init__(self, dtype: torch.dtype, max_rows: int, folder: Path | None = None, **limits) -> None:
         self.folder, self.most_drafts = folder or locate_model("demo"), limits.get("most_drafts", 0)
@@ -142,6 +153,9 @@ class Mixed:
         self.adapters = [
             random_adapter(self.config, ranks, seed, without) for seed, (ranks, without) in enumerate(made)
         ]
+        if limits.get("adapter_vocabulary"):
+            first, second, third = self.adapters
+            self.adapters = [with_vocabulary(first, self.config), second, with_vocabulary(third, self.config)]
         for slot in range(len(self.adapters)):
             self.fill(slot, slot)
         config = self.config
@@ -180,10 +194,18 @@ class Mixed:
             assert tokens == one, slot
 
 
-@pytest.mark.parametrize(("chunk", "drafts"), [(100, 0), (300, 4)])
-def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, drafts):
+@pytest.mark.parametrize(
+    ("chunk", "limits"),
+    [
+        (100, {}),
+        (300, {"most_drafts": 4}),
+        (100, {"adapter_vocabulary": True}),
+        (300, {"adapter_vocabulary": True, "most_drafts": 4}),
+    ],
+)
+def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
     """Guards the whole: captured steps, parts of prompts, steps of both, and drafts, in float32 against the CPU."""
-    mixed, made = Mixed(torch.float32, 8, most_drafts=drafts), prompts(7)
+    mixed, made = Mixed(torch.float32, 8, **limits), prompts(7)
     named = {slot: slot % 4 for slot in range(7) if slot % 4 < 3}
     mixed.check(made, named, mixed.generate(made, named, 24, chunk))
 
@@ -203,11 +225,12 @@ def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family):
     mixed.check(made, named, mixed.generate(made, named, 12, 100))
 
 
-def test_deterministic_tokens_do_not_depend_on_the_batch():
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_deterministic_tokens_do_not_depend_on_the_batch(vocabulary):
     """Guards --deterministic with adapters: each sequence alone, in other chunks, with other neighbours, and without
     slots at all where it has no adapter."""
     made, chance = prompts(40, longest=590), random.Random(2)
-    mixed = Mixed(BF16, 40, deterministic=True)
+    mixed = Mixed(BF16, 40, deterministic=True, adapter_vocabulary=vocabulary)
     named = {slot: chance.randrange(3) for slot in range(40) if slot % 5}
     together = mixed.generate(made, named, 24, 96, temperature=0.8)
     assert together == mixed.generate(made, named, 24, 256, temperature=0.8)
@@ -222,9 +245,10 @@ def test_deterministic_tokens_do_not_depend_on_the_batch():
             assert run.generated(slot)[:24] == together[slot], slot
 
 
-def test_slots_are_filled_beside_steps():
-    """Guards against a fill that steps of other slots see, and one that a step waits for."""
-    mixed, made = Mixed(BF16, 8, deterministic=True), prompts(6)
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_slots_are_filled_beside_steps(vocabulary):
+    """Guards against a fill that steps of other slots see, one that a step waits for, and pairs that a slot had."""
+    mixed, made = Mixed(BF16, 8, deterministic=True, adapter_vocabulary=vocabulary), prompts(6)
     named = {slot: slot % 3 for slot in range(6)}
     expected = mixed.generate(made, named, 40, 100)
     images = [mixed.runner.adapters.prepare(adapter) for adapter in mixed.adapters]

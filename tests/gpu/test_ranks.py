@@ -29,7 +29,7 @@ from baton.node.modelhub import locate_model
 from baton.testing.device_ranks import DeviceRanks
 from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
 from baton.tests.unit.models.cuda.ahead import Ahead, always_draft
-from baton.tests.unit.models.cuda.merged import random_adapter
+from baton.tests.unit.models.cuda.merged import random_adapter, with_vocabulary
 from baton.tests.unit.models.eagle_folders import write_pair
 
 pytestmark = pytest.mark.gpu
@@ -203,10 +203,13 @@ def test_ranks_on_one_gpu_compute_their_parts_of_a_draft(tmp_path):
     assert found.num_verified > TOKENS and found.num_accepted > 0.9 * found.num_verified
 
 
-def test_ranks_on_one_gpu_compute_with_their_parts_of_an_adapter():
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_ranks_on_one_gpu_compute_with_their_parts_of_an_adapter(vocabulary):
     """Guards rows and columns of an adapter that are another rank's, in prompts and in captured steps."""
-    one, ranks = make(torch.float32, 2, adapter_slots=2, max_rank=32)
+    one, ranks = make(torch.float32, 2, adapter_slots=2, max_rank=32, adapter_vocabulary=vocabulary)
     adapter, made = random_adapter(one.config, [24, 8], 3), prompts(8)
+    if vocabulary:
+        adapter = with_vocabulary(adapter, one.config)
     slots = RankSlots(one.config, [runner.adapters for runner in ranks.runners])
     found = []
     for runner, own in ((one, one.adapters), (ranks, slots)):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels import reference
-from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank, whole_weights
+from baton.kernels.triton import adapter_rows, embedding_pairs, linear, linear_policy, low_rank, whole_weights
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -133,6 +133,30 @@ def check_expand(
     last = slice(rows - 1, rows)
     alone = before[last].clone()
     low_rank.expand(added_to(adapters, x[last], of_rows[last]), alone)
+    assert torch.equal(alone, out[last])
+
+
+def check_embed(
+    device: str, dtype: torch.dtype, rows: int, ranks: list[int], max_rank: int, vocab: int, hidden: int
+) -> None:
+    """As check_expand, for the embedding; the first tokens are the same of all adapters."""
+    adapters = Adapters.make(ranks, max_rank, vocab, (hidden,), dtype, device)
+    numbers, site = adapters.bank.numbers, adapters.site
+    for slot, rank in enumerate(ranks):  # a slot has A by tokens
+        of_tokens = numbers[slot, rank * site.a_offset :][: vocab * rank]
+        of_tokens.copy_(adapters.a[slot][0][:rank].t().flatten())
+    of_rows = some_adapters(rows, len(ranks), device)
+    tokens = torch.arange(rows, device=device) * 7 % vocab
+    before = randn((rows, hidden), dtype, device, 3)
+    out, grouped = before.clone(), group(of_rows, len(ranks))
+    embedding_pairs.embed_pairs(tokens.int(), adapters.bank, site, grouped, out)
+    exact = before.double() + adapters.delta(F.one_hot(tokens, vocab), of_rows)
+    assert error(out, exact) <= 4 * max(error(exact.to(dtype), exact), 1e-6)
+    assert torch.equal(out[of_rows < 0], before[of_rows < 0])
+    last = slice(rows - 1, rows)
+    alone = before[last].clone()
+    grouped = group(of_rows[last], len(ranks))
+    embedding_pairs.embed_pairs(tokens[last].int(), adapters.bank, site, grouped, alone)
     assert torch.equal(alone, out[last])
 
 

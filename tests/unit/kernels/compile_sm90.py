@@ -664,11 +664,13 @@ def whole_weights_of_adapters() -> None:
 
 
 def vocabulary_of_adapters(max_rank: int) -> None:
-    """What adapters add to the head of an 8B model, and to one whose outputs are no whole tiles."""
-    from baton.kernels.triton import adapter_rows, low_rank
+    """What adapters add to the embedding and the head of an 8B model, and to a head that is not of whole tiles."""
+    from baton.kernels.triton import adapter_rows, embedding_pairs, low_rank
 
     bank, of_rows = adapter_bank(max_rank), adapter_rows.AdapterRows.make(8, 32, "meta")
     hidden = empty(8, 8, max_rank, dtype=torch.float32)
+    site = low_rank.BankSite(4, 16, 32, 128256, (4096,))
+    embedding_pairs.embed_pairs(empty(8, dtype=torch.int32), bank, site, of_rows, empty(8, 4096))
     for outputs in (128256, 128257):
         site = low_rank.BankSite(5, 16, 32, 4096, (outputs,))
         added = low_rank.AddedProduct(bank, site, of_rows, hidden, empty(0))

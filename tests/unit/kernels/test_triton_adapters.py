@@ -42,6 +42,12 @@ def test_expand_adds_to_outputs_that_are_no_whole_tiles(device, outputs):
     checks.check_expand(device, torch.bfloat16, 40, [16, 0, 16], 16, 64, (outputs,), few_programs=2)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 1), (torch.bfloat16, 5)])
+def test_what_is_added_to_embeddings(device, dtype, rows):
+    """Guards against another adapter's rows, those of another token, and a rank of zero."""
+    checks.check_embed(device, dtype, rows, [16, 0, 32], 32, 75, 48)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tiles", "rows"),
     [

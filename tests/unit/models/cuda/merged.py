@@ -49,10 +49,15 @@ def with_wholes(adapter: Adapter, config: ModelConfig) -> Adapter:
 
 
 def with_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
-    """With a pair of the head."""
-    generator = torch.Generator().manual_seed(9)
-    a, b = (torch.randn(shape, generator=generator) for shape in ((5, config.hidden_size), (config.vocab_size, 5)))
-    return replace(adapter, lm_head=(LowRank(a / config.hidden_size**0.5, b * 0.3),))
+    """With pairs of the embedding and the head."""
+    generator, vocab_size, hidden = torch.Generator().manual_seed(9), config.vocab_size, config.hidden_size
+
+    def pair(rank: int, inputs: int, outputs: int, size: float) -> LowRank:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+        return LowRank(a / rank**0.5, b * size)
+
+    head = pair(5, hidden, vocab_size, 0.3 / hidden**0.5)
+    return replace(adapter, embedding=pair(3, vocab_size, hidden, 0.3), lm_head=(head,))
 
 
 def merged(weights: Weights, adapter: Adapter) -> Weights:
@@ -75,12 +80,15 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
             post_norm=norms.get(2 * number + 1, layer.post_norm),
         )
         layers.append(changed)
-    whole = adapter.whole_embedding, adapter.whole_head
+    whole, embedding = adapter.whole_embedding, weights.embedding
+    if adapter.embedding is not None:
+        embedding = embedding + (adapter.embedding.b @ adapter.embedding.a).t()
+    head = _with(weights.lm_head, adapter.lm_head) if adapter.whole_head is None else DenseLinear(adapter.whole_head)
     return replace(
         weights,
         layers=tuple(layers),
-        embedding=weights.embedding if whole[0] is None else whole[0],
-        lm_head=_with(weights.lm_head, adapter.lm_head) if whole[1] is None else DenseLinear(whole[1]),
+        embedding=embedding if whole is None else whole,
+        lm_head=head,
         norm=norms.get(2 * len(layers), weights.norm),
     )
 

@@ -166,9 +166,10 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
     ],
 )
 def test_what_adapters_change_of_the_vocabulary(make_model, family, vocab_size, edit, limits):
-    """Guards against rows of another slot's tables, norms of another number, logits of a model's head, flags and ranks
-    of the adapter that a slot had before, pairs behind a cap of logits or over the end of a vocabulary: of captured
-    steps, parts of prompts, both in one pass, and scored prompts."""
+    """Guards against rows of another slot's tables or of another token, norms of another number, logits of a model's
+    head, flags and ranks of the adapter that a slot had before, pairs behind a scale of embeddings, behind a cap of
+    logits or over the end of a vocabulary: in captured steps, parts of prompts, both in one pass, and scored prompts.
+    """
     folder = make_model(family, num_hidden_layers=2, vocab_size=vocab_size).folder
     served = Served(folder, fastest, edit=edit, mixed_tokens=4, **limits)
     served.check_logits()
@@ -213,8 +214,10 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
     prepare = BankSlots(BankShape(BankLayout.of(config), 2, 32, torch.bfloat16), LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
-    with pytest.raises(AdapterError, match=r"of the head, .* room with --lora-vocabulary"):
+    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-vocabulary"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
+    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-vocabulary"):
+        prepare(Adapter(b"", (LayerAdapter(),), embedding=pair))
     experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
     with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):
         prepare(Adapter(b"", (LayerAdapter(expert_down=(experts,)),)))
