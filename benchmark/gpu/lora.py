@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 
@@ -54,8 +54,8 @@ MOST_PROMPTS = MOST_TOKENS // PROMPT - 1
 """In a step."""
 
 
-def random_adapter(config: ModelConfig, rank: int, seed: int) -> Adapter:
-    """Of all products."""
+def random_adapter(config: ModelConfig, rank: int, seed: int, *, vocabulary: bool) -> Adapter:
+    """Of all products; vocabulary: of the embedding and the head too."""
     generator = torch.Generator().manual_seed(seed)
 
     def parts(inputs: int, outputs: Sequence[int]) -> Parts:
@@ -68,7 +68,11 @@ def random_adapter(config: ModelConfig, rank: int, seed: int) -> Adapter:
         LayerAdapter(**{name: parts(product.num_inputs, product.outputs) for name, product in products.items()})
         for products in adapted_products(config)
     ]
-    return Adapter(seed.to_bytes(32, "big"), tuple(layers))
+    adapter = Adapter(seed.to_bytes(32, "big"), tuple(layers))
+    if not vocabulary:
+        return adapter
+    (embedding,), head = parts(config.vocab_size, [config.hidden_size]), parts(config.hidden_size, [config.vocab_size])
+    return replace(adapter, embedding=embedding, lm_head=head)
 
 
 class FillingBatch(DecodeBatch):
@@ -278,6 +282,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--max-rank", type=int, default=16, help="for which slots have room")
+    parser.add_argument("--vocabulary", action="store_true", help="with pairs of the embedding and the head")
     parser.add_argument("--slots", type=int, default=80, help="adapters that the GPU holds")
     parser.add_argument("--turns", type=int, default=3, help="of each cell, and of each kind of traffic")
     parser.add_argument("--adapters", type=int, default=1000, help="adapters of the traffic")
@@ -291,13 +296,20 @@ def main(argv: Sequence[str]) -> int:
     most = max(64, *(int(cell.partition("x")[0]) for cell in options.cells.split(",")))
     longest = max(options.context, PROMPT + ANSWER) + 1
     limits = StepLimits(
-        most, MOST_TOKENS, 1, options.deterministic, adapter_slots=options.slots, max_rank=options.max_rank
+        most,
+        MOST_TOKENS,
+        1,
+        options.deterministic,
+        adapter_slots=options.slots,
+        max_rank=options.max_rank,
+        adapter_vocabulary=options.vocabulary,
     )
     config, weights = load_shape(lines, options.shape, options.quantization)
     pool = random_pool(config, most * blocks_for(longest) + 8)
     runner = make_runner(lines, config, weights, limits, pool, longest)
     began_at = time.monotonic()
-    images = [runner.adapters.prepare(random_adapter(config, options.rank, seed)) for seed in range(IMAGES)]
+    made = [random_adapter(config, options.rank, seed, vocabulary=options.vocabulary) for seed in range(IMAGES)]
+    images = [runner.adapters.prepare(each) for each in made]
     lines.put("prepared", adapters=IMAGES, seconds=round(time.monotonic() - began_at, 2))
     for slot in range(options.slots):
         filled = runner.adapters.fill(slot, images[slot % IMAGES])
