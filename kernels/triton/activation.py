@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.reference import LARGEST_CODE
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, next_power_of_2, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
 
 BLOCK, WARPS = 2048, 8
@@ -83,11 +83,11 @@ def _launch(gate_up: torch.Tensor, out: torch.Tensor | CodedRows, gelu: bool, pd
     if isinstance(out, CodedRows):
         run, stride = check_codes(out, num_rows, width)
         _act_and_mul_codes_kernel[(num_rows,)](
-            gate_up, out.codes, out.scales, stride, WIDTH=width, GELU=gelu, BLOCK=triton.next_power_of_2(width),
+            gate_up, out.codes, out.scales, stride, WIDTH=width, GELU=gelu, BLOCK=next_power_of_2(width),
             RUN=run, LARGEST=LARGEST_CODE[out.codes.dtype], PDL=pdl, **launch_options(ROW_WARPS, pdl),
         )  # fmt: skip
         return
-    block = min(BLOCK, triton.next_power_of_2(width))
-    _act_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
+    block = min(BLOCK, next_power_of_2(width))
+    _act_and_mul_kernel[(num_rows, cdiv(width, block))](
         gate_up, out, WIDTH=width, GELU=gelu, BLOCK=block, PDL=pdl, **launch_options(WARPS, pdl)
     )

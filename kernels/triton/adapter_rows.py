@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 
 ITEM_ROWS = 16
 """The narrow side of a matrix instruction."""
@@ -137,6 +137,6 @@ def group_rows(index: torch.Tensor, table: torch.Tensor, begins: torch.Tensor, o
         return
     _group_rows_kernel[(1,)](
         index, table, out.adapters, out.order, out.items, begins, num_rows, num_items,
-        BLOCK=max(16, triton.next_power_of_2(num_rows)), AT_ONCE=AT_ONCE, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
+        BLOCK=max(16, next_power_of_2(num_rows)), AT_ONCE=AT_ONCE, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
         num_warps=8,
     )  # fmt: skip

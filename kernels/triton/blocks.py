@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 
 SLICE, WARPS = 8192, 8  # 64 KiB a program
 STEP = 2048  # words that a program holds at a time: 64 bytes a thread in flight, four times over
@@ -65,7 +65,7 @@ def _copy_blocks_kernel(
 
 def checksum_scratch(max_blocks: int, pool: torch.Tensor) -> torch.Tensor:
     """Room for the parts of block_checksums of up to max_blocks blocks: int64 [max_blocks, parts]."""
-    return torch.empty(max_blocks, triton.cdiv(_words(pool).shape[1], SLICE), dtype=torch.int64, device=pool.device)
+    return torch.empty(max_blocks, cdiv(_words(pool).shape[1], SLICE), dtype=torch.int64, device=pool.device)
 
 
 def block_checksums(pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor) -> None:
@@ -74,15 +74,15 @@ def block_checksums(pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor
     pool [blocks, ...] of any dtype, contiguous, a multiple of 8 bytes a block; scratch from checksum_scratch.
     """
     words = _words(pool)
-    count, parts = ids.shape[0], triton.cdiv(words.shape[1], SLICE)
+    count, parts = ids.shape[0], cdiv(words.shape[1], SLICE)
     require(scratch.shape[0] >= count and scratch.shape[1] == parts, f"scratch {tuple(scratch.shape)} is too small")
     require(out.shape == (count,) and out.dtype == scratch.dtype == torch.int64, "out must be int64, one a block")
     if count == 0:
         return
-    step = min(STEP, triton.next_power_of_2(words.shape[1]))
-    size = min(SLICE, triton.cdiv(words.shape[1], step) * step)
+    step = min(STEP, next_power_of_2(words.shape[1]))
+    size = min(SLICE, cdiv(words.shape[1], step) * step)
     _checksum_parts_kernel[(parts, count)](words, ids, scratch, words.shape[1], size, step, num_warps=WARPS)
-    _checksum_ends_kernel[(count,)](scratch, out, words.shape[1], parts, triton.next_power_of_2(parts), num_warps=1)
+    _checksum_ends_kernel[(count,)](scratch, out, words.shape[1], parts, next_power_of_2(parts), num_warps=1)
 
 
 def gather_blocks(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor) -> None:
@@ -101,9 +101,9 @@ def _copy(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor, gather: 
     words, target = _words(pool), _words(staging)
     if ids.shape[0] == 0:
         return
-    step = min(STEP, triton.next_power_of_2(words.shape[1]))
-    size = min(SLICE, triton.cdiv(words.shape[1], step) * step)
-    grid = (triton.cdiv(words.shape[1], size), ids.shape[0])
+    step = min(STEP, next_power_of_2(words.shape[1]))
+    size = min(SLICE, cdiv(words.shape[1], step) * step)
+    grid = (cdiv(words.shape[1], size), ids.shape[0])
     _copy_blocks_kernel[grid](words, target, ids, words.shape[1], size, step, gather, num_warps=WARPS)
 
 

@@ -35,7 +35,7 @@ from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
 from baton.kernels.triton.decode_merge import merge_by_the_last, sink_weights
 from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, merged_parts, queries_of
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
-from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
+from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 from baton.kernels.triton.softcap import bounded, limit_log2
 
@@ -258,8 +258,8 @@ def decode_attention(
     require(enough, "the scratch is too small for the plan")
     if num_rows == 0:
         return launch_nothing
-    group_block = triton.next_power_of_2(num_heads // kv_heads)
-    dim_block = triton.next_power_of_2(head_dim)
+    group_block = next_power_of_2(num_heads // kv_heads)
+    dim_block = next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
     planned_bytes = HEAD_BYTES if pool.scales is None else FP8_HEAD_BYTES
     head_bytes = max(planned_bytes, dim_block * pool.tensor.element_size())

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from baton.kernels.triton.decode_plan import MERGE_COST, TILE, DecodePlan
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 
 WRITTEN = 128  # chunks at a time
 
@@ -111,6 +111,6 @@ def share_out(
     if num_rows:
         _share_out_kernel[(num_rows,)](
             lengths, queries, following, work, num_rows, plan.num_chunks, plan.splits, plan.chunk_tokens // TILE,
-            plan.least_tokens // TILE, plan.merged, ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN,
+            plan.least_tokens // TILE, plan.merged, ROWS=next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN,
             GROUPED=queries is not None, MERGE_COST=MERGE_COST, num_warps=4,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from baton.kernels.linear.grouped import BLOCKS, CODES_PER_WORD, MIDDLE
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, next_power_of_2, require
 
 BLOCK, WARPS = 2048, 4
 TILE_N = 16
@@ -64,12 +64,12 @@ def dequantise_scaled(
 ) -> None:
     """Of a ScaledLinear; out [N, K]."""
     n, k = codes.shape
-    columns = triton.cdiv(k, inputs_per_scale)
+    columns = cdiv(k, inputs_per_scale)
     require(out.shape == codes.shape, f"out {tuple(out.shape)} is not {(n, k)}")
-    require(scales.numel() == triton.cdiv(n, outputs_per_scale) * columns, f"{scales.numel()} scales do not fit")
+    require(scales.numel() == cdiv(n, outputs_per_scale) * columns, f"{scales.numel()} scales do not fit")
     require(all(tensor.is_contiguous() for tensor in (codes, scales, out)), "tensors must be contiguous")
-    block = min(BLOCK, triton.next_power_of_2(k))
-    _dequantise_scaled_kernel[(n, triton.cdiv(k, block))](
+    block = min(BLOCK, next_power_of_2(k))
+    _dequantise_scaled_kernel[(n, cdiv(k, block))](
         codes, scales, out, K=k, SCALES=columns, OUTPUTS=outputs_per_scale, INPUTS=inputs_per_scale, BLOCK=block,
         **launch_options(WARPS, False),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def dequantise_groups(
     require(order is None or tuple(order.shape) == (k,), "order is not [K]")
     for tensor in (words, scales, zeros, order, out):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
-    _dequantise_groups_kernel[(k // block, triton.cdiv(n, TILE_N))](
+    _dequantise_groups_kernel[(k // block, cdiv(n, TILE_N))](
         words, scales, words if zeros is None else zeros, words if order is None else order, out, N=n, K=k,
         INPUTS=inputs_per_scale, MIDDLE=MIDDLE, ZEROS=zeros is not None, ORDERED=order is not None,
         WIDTH=block // CODES_PER_WORD, TILE_N=TILE_N, **launch_options(WARPS, False),

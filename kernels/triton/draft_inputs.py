@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 from baton.kernels.triton.step_inputs import COPIED, StepInputs
 
 # Columns of what is kept of a slot, int32.
@@ -175,7 +175,7 @@ def gather_drafts(
         num_slots - 1,
         tables.stride(0),
         out.tables.stride(0),
-        ROWS=triton.next_power_of_2(slots.shape[0]),
+        ROWS=next_power_of_2(slots.shape[0]),
         DRAFTS=drafts.shape[1],
         BLOCK_TOKENS=block_tokens,
         COPIED=COPIED,

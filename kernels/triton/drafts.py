@@ -34,7 +34,7 @@ from baton.kernels.triton.draft_inputs import (
     SOURCE,
     Places,
 )
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.sampling_rows import COLUMNS as SAMPLING_COLUMNS
 from baton.kernels.triton.sampling_rows import MAX_BAD_WORD_TOKENS, NUM_BAD_WORDS, PENALISED, SlotTables
 
@@ -199,7 +199,7 @@ def accept(
     _accept_kernel[(num_rows,)](
         slots, places.taken, places.first, drawn, kept.state, kept.drafts, kept.text, results, *counted, kept.begin,
         kept.text.stride(0), 0 if tables is None else tables.counts.stride(0), COUNTS=tables is not None,
-        MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, DRAFTS=most, DRAFTS_PADDED=triton.next_power_of_2(most + 1),
+        MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, DRAFTS=most, DRAFTS_PADDED=next_power_of_2(most + 1),
         COLUMNS=COLUMNS.value, WIDTH=results.shape[1], IDS=IDS.value, num_warps=1,
     )  # fmt: skip
 
@@ -221,9 +221,9 @@ def propose(
     num_rows, most = slots.shape[0], kept.drafts.shape[1]
     require(results.shape == (num_rows, IDS.value + most + 1) and results.is_contiguous(), "results need one a row")
     require(kept.text.shape[1] < 1 << 24 and longest < 32, "the text is too long")
-    parts = triton.cdiv(min(kept.text.shape[1], kept.begin + searched), COMPARED)
+    parts = cdiv(min(kept.text.shape[1], kept.begin + searched), COMPARED)
     _propose_kernel[(num_rows, parts)](
         slots, places.taken, kept.state, kept.drafts, kept.text, kept.best, results, kept.begin, kept.text.stride(0),
-        searched, DRAFTS=most, DRAFTS_PADDED=triton.next_power_of_2(most + 1), COLUMNS=COLUMNS.value,
+        searched, DRAFTS=most, DRAFTS_PADDED=next_power_of_2(most + 1), COLUMNS=COLUMNS.value,
         WIDTH=results.shape[1], COMPARED=COMPARED, LONGEST=longest, LEAST=least, FOLLOWED=followed, num_warps=4,
     )  # fmt: skip

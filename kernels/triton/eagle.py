@@ -23,7 +23,7 @@ import triton.language as tl
 
 from baton.kernels.triton.draft_inputs import COLUMNS, EAGLE, LENGTH, LIMIT, NUM_DRAFTS, SEARCHES, SOURCE, Places
 from baton.kernels.triton.drafts import NUM_DRAWN, NUM_NEXT, SlotDrafts
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 from baton.kernels.triton.step_inputs import StepInputs
 
 
@@ -86,7 +86,7 @@ def eagle_inputs(
     if num_rows:
         _inputs_kernel[(num_rows,)](
             tokens, embedding, hidden, *norms, x, residual, eps,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), NORMED=normed_residual, num_warps=8,
+            WIDTH=width, BLOCK=next_power_of_2(width), NORMED=normed_residual, num_warps=8,
         )  # fmt: skip
 
 

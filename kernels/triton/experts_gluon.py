@@ -15,7 +15,6 @@ Bytes: W of the experts that were chosen, x and y once each at best.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from baton.kernels.triton.launch import require
-from baton.kernels.triton.product_gluon import descriptor, place, silu, sum_of_ring
+from baton.kernels.triton.gluon_boxes import boxes
+from baton.kernels.triton.launch import cdiv, require
+from baton.kernels.triton.product_gluon import place, silu, sum_of_ring
 from baton.kernels.triton.route import Routes
 
 STEP = 64  # columns of K a stage: one swizzle of 128 bytes
@@ -166,9 +166,9 @@ def experts_product(
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tiles_n = triton.cdiv(n, HALF if gated else 2 * HALF)
+    tiles_n = cdiv(n, HALF if gated else 2 * HALF)
     _experts_product_kernel[(min(num_sms, routes.most_tiles * tiles_n),)](
-        descriptor(x, 64, STEP), descriptor(weight.view(-1, k), HALF, STEP), descriptor(out, 64, HALF),
+        boxes(x, 64, STEP), boxes(weight.view(-1, k), HALF, STEP), boxes(out, 64, HALF),
         routes.experts, routes.num_tiles, tiles_n, n, k, GATED=gated, HALF=HALF, STEP=STEP, STAGES=STAGES,
         CONSUMERS=CONSUMERS, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from baton.kernels.triton.draft_inputs import COLUMNS, CURSOR, GRAMMAR, LENGTH, NUM_DRAFTS, SOURCE
 from baton.kernels.triton.drafts import SlotDrafts
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 
 
 @triton.jit
@@ -73,6 +73,6 @@ def offer_drafts(
     if num_rows:
         _offer_kernel[(num_rows,)](
             slots, known, counts, forced, kept.state, kept.drafts, kept.text, offered, kept.begin, kept.text.stride(0),
-            FORCED=most, FORCED_PADDED=triton.next_power_of_2(most), DRAFTS=drafts,
-            DRAFTS_PADDED=triton.next_power_of_2(drafts), COLUMNS=COLUMNS.value, num_warps=1,
+            FORCED=most, FORCED_PADDED=next_power_of_2(most), DRAFTS=drafts,
+            DRAFTS_PADDED=next_power_of_2(drafts), COLUMNS=COLUMNS.value, num_warps=1,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, require
 
 BLOCK = 2048
 
@@ -34,6 +34,6 @@ def gather_columns(x: torch.Tensor, order: torch.Tensor, out: torch.Tensor, *, p
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    _gather_columns_kernel[(num_rows, triton.cdiv(k, BLOCK))](
+    _gather_columns_kernel[(num_rows, cdiv(k, BLOCK))](
         x, order, out, K=k, BLOCK=BLOCK, PDL=pdl, **launch_options(4, pdl)
     )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import FP8_MAX, NO_SCALES, SMALLEST_AMAX, TOKEN_SCALES, PagedPool, quantise
 
 
@@ -94,7 +94,7 @@ def kv_write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, pool: 
         KEY_DIM=key_dim,
         VALUE_DIM=value.shape[2],
         DIM=pool.head_dim,
-        DIM_BLOCK=triton.next_power_of_2(pool.head_dim),
+        DIM_BLOCK=next_power_of_2(pool.head_dim),
         BLOCK_TOKENS=pool.block_tokens,
         LAYER_ROWS=pool.layer_rows,
         SCALES=pool.scale_mode,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
+from baton.kernels.triton.launch import Launch, cdiv, launch_nothing, launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prefill_attention import LOWEST, TILE
 
@@ -256,12 +256,12 @@ def latent_prefill_attention(
     slice_tokens = len(expanded.keys)
     require(expanded.keys_values.shape == (slice_tokens, columns), f"expanded keys and values are not of {columns}")
     require(slice_tokens >= TILE and slice_tokens % TILE == 0, f"a slice of {slice_tokens} tokens is not made of tiles")
-    most_tiles = num_sequences * triton.cdiv(block_tables.shape[1] * pool.block_tokens, TILE)
-    slices = triton.cdiv(most_tiles * TILE, slice_tokens)
+    most_tiles = num_sequences * cdiv(block_tables.shape[1] * pool.block_tokens, TILE)
+    slices = cdiv(most_tiles * TILE, slice_tokens)
     require(slices == 1 or len(expanded.sums) >= num_tokens, "no room for the state between slices")
     if work.shape[0] == 0:
         return launch_nothing
-    sequences = triton.next_power_of_2(num_sequences)
+    sequences = next_power_of_2(num_sequences)
     boxes = [
         TensorDescriptor.from_tensor(tensor, [TILE, width])
         for tensor, width in ((expanded.keys_values, plain), (expanded.keys, rotated), (expanded.keys_values, value))
@@ -291,7 +291,7 @@ def latent_prefill_attention(
             LAYER_ROWS=pool.layer_rows,
             SEQUENCES=sequences,
             TILE=TILE,
-            WIDTH=min(EXPANDED_COLUMNS, triton.next_power_of_2(columns)),
+            WIDTH=min(EXPANDED_COLUMNS, next_power_of_2(columns)),
             STEP=min(LATENT_STEP, latent),
             **launch_options(4, False, 4),
         )

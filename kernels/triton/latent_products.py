@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import COLUMNS, END, FIRST, PARTS, ROW, START
-from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
+from baton.kernels.triton.launch import Launch, cdiv, launch_nothing, launch_options, next_power_of_2, require
 
 TILE_ROWS = 16  # of a product; in larger ones the bits of a row might be others
 COLUMNS_A_TILE = 64
@@ -163,14 +163,14 @@ def absorb(
         return launch_nothing
     launch = Launch(
         _absorb_kernel,
-        (heads, triton.cdiv(latent, COLUMNS_A_TILE), triton.cdiv(num_rows, TILE_ROWS)),
+        (heads, cdiv(latent, COLUMNS_A_TILE), cdiv(num_rows, TILE_ROWS)),
         query,
         kv_up,
         out,
         num_rows,
         HEADS=heads,
         PLAIN=plain,
-        PLAIN_BLOCK=max(16, triton.next_power_of_2(plain)),
+        PLAIN_BLOCK=max(16, next_power_of_2(plain)),
         ROTATED=rotated,
         LATENT=latent,
         HEAD_ROWS=kv_up.shape[1],
@@ -206,7 +206,7 @@ def raise_merged(
     rows = 1 if few else TILE_ROWS
     launch = Launch(
         _raise_kernel,
-        (heads, triton.cdiv(value, VALUES_A_TILE), triton.cdiv(num_rows, rows)),
+        (heads, cdiv(value, VALUES_A_TILE), cdiv(num_rows, rows)),
         scratch.parts,
         scratch.softmax,
         scratch.work,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import RopeTables
 
@@ -226,11 +226,11 @@ def latent_write(
         pool.unit_rows,
         eps,
         QUERY=width,
-        QUERY_BLOCK=triton.next_power_of_2(width),
+        QUERY_BLOCK=next_power_of_2(width),
         PLAIN=plain,
-        PLAIN_BLOCK=triton.next_power_of_2(plain),
+        PLAIN_BLOCK=next_power_of_2(plain),
         LATENT=latent,
-        LATENT_BLOCK=triton.next_power_of_2(latent),
+        LATENT_BLOCK=next_power_of_2(latent),
         ROTATED=rotated,
         BLOCK_TOKENS=pool.block_tokens,
         LAYER_ROWS=pool.layer_rows,
@@ -272,7 +272,7 @@ def rotate_queries(
         num_tokens,
         HEADS=heads,
         PLAIN=dim - rotated,
-        PLAIN_BLOCK=triton.next_power_of_2(dim - rotated),
+        PLAIN_BLOCK=next_power_of_2(dim - rotated),
         ROTATED=rotated,
         AT_ONCE=at_once,
         INTERLEAVED=interleaved,

@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.activation import activated
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, require
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.low_rank import AddedRows
 
@@ -187,7 +187,7 @@ def linear(
             GELU=gelu, BIAS=bias is not None, ADDED=added is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
-    _linear_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
+    _linear_rows_kernel[(cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
         TensorDescriptor.from_tensor(x, [tiles.tile_m, tiles.tile_k]),
         TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
         weight, sums, out, values, adapters, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, require
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows
 
@@ -162,7 +162,7 @@ def linear_8bit(
     step = BLOCK if blocked or runs else tiles.tile_k
     weight_desc = TensorDescriptor.from_tensor(codes, [tiles.tile_n, step])
     fetched = runs and tiles.tile_m >= NARROWEST
-    _linear_8bit_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
+    _linear_8bit_rows_kernel[(cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
         TensorDescriptor.from_tensor(x.codes, [tiles.tile_m, step]),
         TensorDescriptor.from_tensor(x.scales, [1, tiles.tile_m]) if fetched else weight_desc,
         weight_desc, x.scales, codes, scales, scales if bias is None else bias, out, num_rows, x.scales.shape[-1], N=n,

@@ -14,13 +14,12 @@ experimental: `prefill_gluon.is_available`.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.gluon_boxes import boxes
+from baton.kernels.triton.launch import cdiv, require
 from baton.kernels.triton.linear_8bit import BLOCK
 from baton.kernels.triton.linear_8bit_policy import programs_that_fit
 from baton.kernels.triton.linear_policy import Tiles
@@ -28,7 +27,6 @@ from baton.kernels.triton.quantise import RUN, CodedRows
 from baton.kernels.triton.weight_ring import ROWS, fill_ring, make_barriers, place_of_unit, store_unit
 
 WIDTH: gl.constexpr = gl.constexpr(BLOCK)  # inputs a stage
-GLUON_TYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
 
 
 @gluon.jit
@@ -233,22 +231,15 @@ def linear_8bit_gluon(
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tiles_m = triton.cdiv(num_rows, tiles.tile_m)
+    tiles_m = cdiv(num_rows, tiles.tile_m)
     units = tiles_m * (n // tile_n) * tiles.splits
     options = {"launch_pdl": True} if pdl else {}
     # Leaves room beside the kernel before, where W may wait.
     options["maxnreg"] = {4: (112, 176), 8: (88, 168)}[tiles.warps][tiles.tile_m > 32]
     _linear_8bit_gluon_kernel[(min(num_sms * programs_that_fit(tiles), units),)](
-        _descriptor(x.codes, tiles.tile_m), _descriptor(codes, rows), x.scales, scales,
+        boxes(x.codes, tiles.tile_m, BLOCK), boxes(codes, rows, BLOCK), x.scales, scales,
         scales if bias is None else bias, out, units, tiles_m, codes.shape[0], num_rows, x.scales.shape[-1],
         SECOND=n if fused else rows, BLOCKS=k // BLOCK // tiles.splits, SPLITS=tiles.splits, TILE_M=tiles.tile_m,
         TILE_N=tile_n, STAGES=tiles.stages, BLOCKED=blocked, RUNS=runs, FUSED=fused, BIAS=bias is not None,
         GROUPS=tiles.warps // 4, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
-
-
-def _descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
-    box = [rows, BLOCK]
-    return TensorDescriptor.from_tensor(
-        matrix, box, gl.NVMMASharedLayout.get_default_for(box, GLUON_TYPES[matrix.dtype])
-    )

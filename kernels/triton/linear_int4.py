@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, require
 from baton.kernels.triton.linear import prefetch
 from baton.kernels.triton.linear_policy import Tiles
 
@@ -186,7 +186,7 @@ def linear_int4(
     prefetched = min(tiles.prefetch, 1 << (k // tiles.splits).bit_length() - 1)
     scales = TensorDescriptor.from_tensor(weight.scales, [groups, tiles.tile_n])
     zeros = scales if weight.zeros is None else TensorDescriptor.from_tensor(weight.zeros, [groups, tiles.tile_n])
-    _linear_int4_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
+    _linear_int4_kernel[(cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
         TensorDescriptor.from_tensor(x, [tiles.tile_m, block // groups]),
         TensorDescriptor.from_tensor(weight.words, [tiles.tile_n, width]),
         scales, zeros, weight.words, weight.words if bias is None else bias, out, num_rows, N=n, K=k,

@@ -22,7 +22,6 @@ of consumers, and tiles of 16 rows of x or more, a row's bits are the same for e
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,10 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.gluon_boxes import boxes
+from baton.kernels.triton.launch import cdiv, require
 from baton.kernels.triton.linear_int4 import quarters
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.weight_ring import ROWS, fill_ring, make_barriers, place_of_unit, store_unit
@@ -244,21 +243,16 @@ def linear_int4_gluon(
     if num_rows == 0:
         return
     width = block // CODES_PER_WORD
-    tiles_m = triton.cdiv(num_rows, tiles.tile_m)
+    tiles_m = cdiv(num_rows, tiles.tile_m)
     units = tiles_m * (n // tile_n) * tiles.splits
     zeros = weight.scales if weight.zeros is None else weight.zeros
     options = {"launch_pdl": True} if pdl else {}
     if tiles.warps == 8 and tiles.tile_m <= 16:  # leaves room beside the kernel before, for W to arrive meanwhile
         options["maxnreg"] = 112
     _linear_int4_gluon_kernel[(min(num_sms, units),)](
-        _descriptor(x, tiles.tile_m, width, gl.bfloat16), _descriptor(weight.words, rows, width, gl.int16),
+        boxes(x, tiles.tile_m, width), boxes(weight.words, rows, width),
         weight.scales, zeros, weight.words if bias is None else bias, out, units, tiles_m, weight.num_outputs, num_rows,
         SECOND=n if fused else rows, BLOCKS=k // block // tiles.splits, WIDTH=width, GROUP=weight.inputs_per_scale,
         SPLITS=tiles.splits, TILE_M=tiles.tile_m, TILE_N=tile_n, STAGES=tiles.stages, ZEROS=weight.zeros is not None,
         FUSED=fused, BIAS=bias is not None, CONSUMERS=tiles.warps // 4, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int, dtype: gl.dtype) -> TensorDescriptor:
-    box = [rows, columns]
-    return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, dtype))

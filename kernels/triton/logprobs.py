@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.sampling_rows import BLOCK, COLUMNS, NUM_TOP, WARPS, SlotTables
 
 MOST = tl.constexpr(20)
@@ -38,7 +38,7 @@ class LogprobRows:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        blocks, most = triton.cdiv(vocab_size, BLOCK), MOST.value
+        blocks, most = cdiv(vocab_size, BLOCK), MOST.value
         return cls(
             drawn=zeros(num_rows),
             top=zeros(num_rows, most),
@@ -104,7 +104,7 @@ def logprobs(
 ) -> None:
     """Writes drawn, top and top_ids of the rows that want them; raw logits [rows, V], slots int32, drawn [rows]."""
     num_rows, vocab_size = logits.shape
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = cdiv(vocab_size, BLOCK)
     require(logits.is_contiguous() and slots.is_contiguous() and drawn.is_contiguous(), "tensors must be contiguous")
     require(slots.shape == drawn.shape == (num_rows,), "slots and drawn tokens need one a row")
     require(out.sums.shape[0] >= num_rows and out.sums.shape[1] == blocks, "the results do not fit")
@@ -115,5 +115,5 @@ def logprobs(
     )
     _row_kernel[(num_rows,)](
         logits, slots, tables.table, drawn, out.sums, out.values, out.ids, out.drawn, out.top, out.top_ids,
-        VOCAB=vocab_size, BLOCKS=blocks, BLOCKS_PADDED=triton.next_power_of_2(blocks), num_warps=4,
+        VOCAB=vocab_size, BLOCKS=blocks, BLOCKS_PADDED=next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.reference import LARGEST_CODE
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
 from baton.kernels.triton.rank_words import (
     ExchangePhase,
@@ -173,7 +173,7 @@ def _launch(
         return
     if ranks is not None:
         ranks.check(width, values.dtype if residual is None else residual.dtype)
-    block = triton.next_power_of_2(width) if ranks is None else waiting_block(width)
+    block = next_power_of_2(width) if ranks is None else waiting_block(width)
     warps = WARPS if ranks is None else waiting_warps(width, WARPS)
 
     def launch(first_row: int, count: int, phase: ExchangePhase) -> None:

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, require
+from baton.kernels.triton.launch import Launch, launch_nothing, launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 from baton.kernels.triton.softcap import bounded, limit_log2
 
@@ -243,7 +243,7 @@ def prefill_attention(
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if work.shape[0] == 0:
         return launch_nothing
-    dim_block = triton.next_power_of_2(head_dim)
+    dim_block = next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
     stages = 5 if tma and head_dim <= 128 else 3  # of the pipeline, the block table's load included
     launch = Launch(

@@ -32,8 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from baton.kernels.triton.gluon_boxes import boxes
 from baton.kernels.triton.launch import Launch, launch_nothing, require
 from baton.kernels.triton.pool import PagedPool
 
@@ -390,9 +390,9 @@ def prefill_attention(
     launch = Launch(
         _prefill_kernel,
         (num_items if counter is None else min(num_sms, num_items),),
-        _descriptor(query.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
-        _descriptor(pool.rows, [min(block_tokens, TILE), 64]),
-        _descriptor(out.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
+        boxes(query.view(num_tokens, -1), BLOCK_M // 2, head_dim),
+        boxes(pool.rows, min(block_tokens, TILE), 64),
+        boxes(out.view(num_tokens, -1), BLOCK_M // 2, head_dim),
         out,
         counter,
         work,
@@ -423,7 +423,3 @@ def prefill_attention(
 
     of_layer(layer)
     return of_layer
-
-
-def _descriptor(matrix: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))

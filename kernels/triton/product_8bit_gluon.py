@@ -13,7 +13,6 @@ each at best.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.gluon_boxes import boxes
+from baton.kernels.triton.launch import cdiv, require
 from baton.kernels.triton.linear_8bit_policy import BLOCK, MANY_STAGES, fit_many_rows
 from baton.kernels.triton.product_gluon import place, silu, sum_of_ring
 from baton.kernels.triton.quantise import CodedRows
@@ -184,15 +183,10 @@ def product_8bit(
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tiles_m, tiles_n = triton.cdiv(num_rows, 64 * CONSUMERS), triton.cdiv(n, HALF if fused else 2 * HALF)
+    tiles_m, tiles_n = cdiv(num_rows, 64 * CONSUMERS), cdiv(n, HALF if fused else 2 * HALF)
     _product_8bit_kernel[(min(num_sms, tiles_m * tiles_n),)](
-        _descriptor(x.codes, 64, STEP, gl.int8), _descriptor(codes, HALF, STEP, gl.int8),
-        _descriptor(out, 64, HALF, gl.bfloat16), x.scales, scales, scales if bias is None else bias, tiles_m, tiles_n,
+        boxes(x.codes, 64, STEP), boxes(codes, HALF, STEP),
+        boxes(out, 64, HALF), x.scales, scales, scales if bias is None else bias, tiles_m, tiles_n,
         n if fused else HALF, num_rows, n, k, FUSED=fused, BIAS=bias is not None, HALF=HALF, STEP=STEP, STAGES=STAGES,
         CONSUMERS=CONSUMERS, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int, dtype: gl.dtype) -> TensorDescriptor:
-    box = [rows, columns]
-    return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, dtype))

@@ -19,7 +19,6 @@ Bytes: W, x and y once each at best.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.gluon_boxes import boxes
+from baton.kernels.triton.launch import cdiv, require
 
 STEP = 64  # columns of K a stage: one swizzle of 128 bytes
 CONSUMERS = 2  # three would leave a thread too few registers for a product of 64 x 256
@@ -190,13 +189,8 @@ def gated_product(x: torch.Tensor, weight: torch.Tensor, num_sms: int, out: torc
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tiles_m, tiles_n = triton.cdiv(num_rows, 64 * CONSUMERS), triton.cdiv(n, HALF)
+    tiles_m, tiles_n = cdiv(num_rows, 64 * CONSUMERS), cdiv(n, HALF)
     _gated_product_kernel[(min(num_sms, tiles_m * tiles_n),)](
-        descriptor(x, 64, STEP), descriptor(weight, HALF, STEP), descriptor(out, 64, HALF), tiles_m, tiles_n, n, k,
+        boxes(x, 64, STEP), boxes(weight, HALF, STEP), boxes(out, 64, HALF), tiles_m, tiles_n, n, k,
         HALF=HALF, STEP=STEP, STAGES=STAGES, CONSUMERS=CONSUMERS, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip
-
-
-def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    box = [rows, columns]
-    return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.logprobs import MOST, PADDED
 from baton.kernels.triton.sampling_rows import BLOCK, WARPS
 
@@ -41,7 +41,7 @@ class PromptLogprobRows:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        blocks, most = triton.cdiv(vocab_size, BLOCK), MOST.value
+        blocks, most = cdiv(vocab_size, BLOCK), MOST.value
         return cls(
             values=zeros(num_results),
             ranks=zeros(num_results, dtype=torch.int32),
@@ -117,7 +117,7 @@ def prompt_logprobs(
 ) -> None:
     """Writes results first .. first + rows - 1 of `out`; raw logits [rows, V], targets int32 of all results."""
     num_rows, vocab_size = logits.shape
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = cdiv(vocab_size, BLOCK)
     require(logits.is_contiguous() and targets.is_contiguous(), "tensors must be contiguous")
     require(0 <= num_top <= MOST.value, "too many likeliest tokens")
     require(first + num_rows <= min(len(targets), len(out.values)), "the results do not fit")
@@ -130,5 +130,5 @@ def prompt_logprobs(
     )
     _row_kernel[(num_rows,)](
         logits, targets, *scratch, out.values, out.ranks, out.top, out.top_ids, first, num_top,
-        VOCAB=vocab_size, BLOCKS=blocks, BLOCKS_PADDED=triton.next_power_of_2(blocks), num_warps=4,
+        VOCAB=vocab_size, BLOCKS=blocks, BLOCKS_PADDED=next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.reference import LARGEST_CODE
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 
 RUN = 128
 """Values of a row that share a scale, where a row has several."""
@@ -90,7 +90,7 @@ def quantise(x: torch.Tensor, out: CodedRows, *, pdl: bool = False) -> None:
     if num_rows == 0:
         return
     _quantise_kernel[(num_rows,)](
-        x, out.codes, out.scales, stride, WIDTH=width, BLOCK=triton.next_power_of_2(width), RUN=run,
+        x, out.codes, out.scales, stride, WIDTH=width, BLOCK=next_power_of_2(width), RUN=run,
         LARGEST=LARGEST_CODE[out.codes.dtype], PDL=pdl, **launch_options(WARPS, pdl),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, next_power_of_2, require
 from baton.kernels.triton.rank_words import (
     LANES,
     STALE,
@@ -102,7 +102,7 @@ def best_of_rows(values: torch.Tensor, tokens: torch.Tensor, blocks: int, ranks:
                 ranks.lost,
                 first_row,
                 BLOCKS=blocks,
-                BLOCKS_PADDED=triton.next_power_of_2(blocks),
+                BLOCKS_PADDED=next_power_of_2(blocks),
                 ROWS=ranks.rows,
                 RANK=ranks.rank,
                 RANKS=ranks.count,
@@ -189,7 +189,7 @@ def _gather_kernel(
 
 def pieces_of(width: int) -> int:
     """Counters that a row of logits needs in an inbox."""
-    return triton.cdiv(width, BLOCK)
+    return cdiv(width, BLOCK)
 
 
 def gather_logits(logits: torch.Tensor, ranks: RankInbox, out: torch.Tensor) -> None:
@@ -199,7 +199,7 @@ def gather_logits(logits: torch.Tensor, ranks: RankInbox, out: torch.Tensor) -> 
     share = (ranks.rank + 1) * vocab_size // ranks.count - ranks.rank * vocab_size // ranks.count
     require(tuple(logits.shape) == (num_rows, share), f"logits {tuple(logits.shape)}, not {(num_rows, share)}")
     require(logits.dtype == out.dtype, f"logits of {logits.dtype} and {out.dtype}")
-    widest = triton.cdiv(vocab_size, ranks.count)
+    widest = cdiv(vocab_size, ranks.count)
     ranks.check(widest, logits.dtype)
     pieces = pieces_of(widest)
     require(ranks.counters.numel() >= ranks.rows * pieces, "the inbox has too few counters")

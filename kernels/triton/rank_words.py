@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import next_power_of_2, require
 
 GIVE_UP_NS = 10_000_000_000
 TWO_STEPS = 4
@@ -109,7 +109,7 @@ def give_up(words: torch.Tensor) -> dict[str, int | bool]:
 
 def waiting_block(width: int) -> int:
     """Columns of a program that waits for rows of this width."""
-    return max(LANES.value, triton.next_power_of_2(width))
+    return max(LANES.value, next_power_of_2(width))
 
 
 def waiting_warps(width: int, most: int) -> int:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import (
     FP8_MAX,
     NO_SCALES,
@@ -188,7 +188,7 @@ def rope_and_write(
         KV_HEADS=kv_heads,
         DIM=head_dim,
         ROTARY=rotary_dim,
-        HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+        HALF_BLOCK=next_power_of_2(head_dim // 2),
         BLOCK_TOKENS=pool.block_tokens,
         LAYER_ROWS=pool.layer_rows,
         SCALES=pool.scale_mode,

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.routing import Routing
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, next_power_of_2, require
 
 TOKENS = ((256, 4), (1024, 16))
 """Up to so many tokens, a program has so many: one with 64 takes 20 us longer than one with 4."""
@@ -67,7 +67,7 @@ class Routes(NamedTuple):
     @classmethod
     def of_room(cls, num_tokens: int, routing: Routing, tiles: int, rows: int, device: str) -> Routes:
         """Memory for steps of up to so many tokens, tiles and rows of tiles, each of which takes its `first`."""
-        pairs, programs = (num_tokens, routing.top_k), triton.cdiv(num_tokens, TOKENS[0][1])
+        pairs, programs = (num_tokens, routing.top_k), cdiv(num_tokens, TOKENS[0][1])
 
         def integers(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -302,8 +302,8 @@ def router(
     if num_rows == 0:
         return
     tile_m = 16 if fixed or num_rows <= 64 else 64
-    tile_e = min(64, max(16, triton.next_power_of_2(width)))
-    _router_kernel[(triton.cdiv(num_rows, tile_m), triton.cdiv(width, tile_e), splits)](
+    tile_e = min(64, max(16, next_power_of_2(width)))
+    _router_kernel[(cdiv(num_rows, tile_m), cdiv(width, tile_e), splits)](
         x, weight, weight if gate is None else gate, out, num_rows, E=num_experts, K=k, TILE_E=tile_e, TILE_M=tile_m,
         TILE_K=tile_k, SPLITS=splits, GATED=gate is not None, PDL=pdl, **launch_options(4, pdl, 3),
     )  # fmt: skip
@@ -313,7 +313,7 @@ def program_tokens(num_tokens: int, num_experts: int, fixed: bool) -> int:
     """Tokens of a program that chooses. How a row's numbers lie in registers, and so the order of its sums, depends on
     it; fixed: it does not depend on num_tokens."""
     tokens = next((tokens for most, tokens in TOKENS if num_tokens <= most), MANY_TOKENS)
-    return max(min(FIXED_TOKENS if fixed else tokens, VALUES // triton.next_power_of_2(num_experts)), 1)
+    return max(min(FIXED_TOKENS if fixed else tokens, VALUES // next_power_of_2(num_experts)), 1)
 
 
 def choose(
@@ -347,9 +347,9 @@ def choose(
     require(logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be float32 and contiguous")
     if num_rows == 0:
         return
-    block_e = triton.next_power_of_2(e)
+    block_e = next_power_of_2(e)
     tokens = program_tokens(num_rows, e, fixed)
-    programs = triton.cdiv(num_rows, tokens)
+    programs = cdiv(num_rows, tokens)
     alone, warps = programs == 1 and not fixed, min(16, max(4, tokens * block_e // VALUES_A_WARP))
     _choose_kernel[(programs,)](
         logits, logits if bias is None else bias, logits if logit_bias is None else logit_bias,
@@ -357,7 +357,7 @@ def choose(
         routes.weights, routes.shared, routes.counts, routes.positions, routes.tokens, routes.experts, routes.sizes,
         routes.num_tiles, num_rows, routing.scale, E=e, K=k, TOKENS=tokens, BLOCK_E=block_e, SPLITS=splits,
         SIGMOID=routing.sigmoid, RENORMALISED=routing.renormalised, FLOOR=SUM_FLOOR, GROUPS=routing.num_groups,
-        KEPT=routing.kept_groups, BY_TWO=routing.groups_by_two, BLOCK_G=triton.next_power_of_2(routing.num_groups),
+        KEPT=routing.kept_groups, BY_TWO=routing.groups_by_two, BLOCK_G=next_power_of_2(routing.num_groups),
         BIASED=bias is not None, LOGITS_BIASED=logit_bias is not None, GATED=width > e,
         COUNTED=kv_slots is not None, PLACE=alone, FIRST=held.start, HELD=len(held), TILE_M=routes.tile_m, PDL=pdl,
         **launch_options(warps, pdl),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, next_power_of_2, require
 from baton.kernels.triton.rank_vocabulary import MOST_TOKENS, best_of_rows
 from baton.kernels.triton.rank_words import RankInbox
 
@@ -36,7 +36,7 @@ class SamplingScratch:
 
     @classmethod
     def make(cls, num_rows: int, vocab_size: int, device) -> SamplingScratch:
-        shape = (num_rows, triton.cdiv(vocab_size, BLOCK))
+        shape = (num_rows, cdiv(vocab_size, BLOCK))
         return cls(
             torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
         )
@@ -159,7 +159,7 @@ def _launch(
     first_token: int = 0,
 ) -> None:
     num_rows, vocab_size = logits.shape
-    blocks = triton.cdiv(vocab_size + first_token % 4, BLOCK)
+    blocks = cdiv(vocab_size + first_token % 4, BLOCK)
     require(logits.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
     require(out.shape == (num_rows,), f"out {tuple(out.shape)} is not [{num_rows}]")
     require(scratch.values.numel() >= num_rows * blocks, "the scratch is too small")
@@ -190,7 +190,7 @@ def _launch(
         scratch.tokens,
         out,
         BLOCKS=blocks,
-        BLOCKS_PADDED=triton.next_power_of_2(blocks),
+        BLOCKS_PADDED=next_power_of_2(blocks),
         PDL=pdl,
         **launch_options(1, pdl),
     )

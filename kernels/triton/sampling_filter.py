@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.sampling_rows import (
     BLOCK,
     COLUMNS,
@@ -53,7 +53,7 @@ class FilterScratch:
 
     @classmethod
     def make(cls, num_rows: int, vocab_size: int, device: str) -> FilterScratch:
-        blocks = triton.cdiv(vocab_size, BLOCK)
+        blocks = cdiv(vocab_size, BLOCK)
         return cls(
             torch.zeros(2, num_rows, STATE.value, dtype=torch.int64, device=device),
             torch.zeros(2, num_rows, blocks, PLACES.value, dtype=torch.float32, device=device),
@@ -177,13 +177,13 @@ def _threshold_kernel(
 def thresholds(prepared: Prepared, slots: torch.Tensor, tables: SlotTables, scratch: FilterScratch) -> None:
     """Writes scratch.thresholds of the prepared rows among the first len(slots); slots int32 [rows]."""
     num_rows, vocab_size = slots.shape[0], prepared.values.shape[1]
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = cdiv(vocab_size, BLOCK)
     require(slots.is_contiguous() and slots.dim() == 1, "slots must be flat and contiguous")
     require(scratch.sums.shape[1] >= num_rows and scratch.sums.shape[2] == blocks, "the scratch does not fit")
     require(prepared.values.shape[0] >= num_rows, "slots must be as many as prepared rows, or fewer")
     if num_rows == 0:
         return
-    sizes = {"VOCAB": vocab_size, "BLOCKS": blocks, "BLOCKS_PADDED": triton.next_power_of_2(blocks)}
+    sizes = {"VOCAB": vocab_size, "BLOCKS": blocks, "BLOCKS_PADDED": next_power_of_2(blocks)}
     turn = 1
     for mass in (False, True):
         for number in range(PASSES):

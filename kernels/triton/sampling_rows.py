@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.sampling import gumbel, uniforms
 
 BLOCK, WARPS = 4096, 8
@@ -89,7 +89,7 @@ class SlotTables:
             bias_values=zeros(num_slots, MAX_BIAS, dtype=torch.float32),
             stop_ids=zeros(num_slots, MAX_STOPS),
             counts=zeros(num_slots, vocab_size),
-            masks=zeros(num_slots, 1 + most_drafts, triton.cdiv(vocab_size, 32)),
+            masks=zeros(num_slots, 1 + most_drafts, cdiv(vocab_size, 32)),
             bad_words=zeros(num_slots, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS),
             recent=zeros(num_slots, MAX_BAD_WORD_TOKENS),
         )
@@ -107,7 +107,7 @@ class Prepared:
         def empty(width: int) -> torch.Tensor:
             return torch.empty(num_rows, width, dtype=torch.float32, device=device)
 
-        return cls(empty(vocab_size), empty(triton.cdiv(vocab_size, BLOCK)))
+        return cls(empty(vocab_size), empty(cdiv(vocab_size, BLOCK)))
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def prepare(
     """
     num_rows, vocab_size = _checked(logits, slots, positions, tables, out)
     if num_rows:
-        _prepare_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
+        _prepare_kernel[(num_rows, cdiv(vocab_size, BLOCK))](
             logits, slots, positions, tables.table, tables.bias_ids, tables.bias_values, tables.stop_ids,
             tables.counts, tables.masks, tables.bad_words, tables.recent, *(drafted or (None, None)),
             *((0, 0) if drafted is None else (drafted[0].stride(0), drafted[1].stride(0))), out.values, out.largest,
@@ -284,7 +284,7 @@ def draw_prepared(
     """
     num_rows, vocab_size = _checked(logits, slots, positions, tables, prepared)
     require(out.shape == (num_rows,) and thresholds.shape[0] >= num_rows, "out and thresholds need one a row")
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = cdiv(vocab_size, BLOCK)
     require(all(each.numel() >= num_rows * blocks for each in best), "the scratch is too small")
     if num_rows == 0:
         return
@@ -294,7 +294,7 @@ def draw_prepared(
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         slots, positions, tables.table, tables.counts, tables.recent, *best, out, VOCAB=vocab_size, BLOCKS=blocks,
-        BLOCKS_PADDED=triton.next_power_of_2(blocks), MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, COUNTS=counts,
+        BLOCKS_PADDED=next_power_of_2(blocks), MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, COUNTS=counts,
         num_warps=1,
     )  # fmt: skip
 

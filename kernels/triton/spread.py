@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 from baton.kernels.triton.route import Routes
 
 BLOCK, WARPS = 2048, 8
@@ -34,7 +34,7 @@ def spread(x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
     require(len(routes.positions) == num_rows and out.dtype == x.dtype, "x does not fit the routes")
     require(x.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
     if num_rows:
-        _spread_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+        _spread_kernel[(num_rows, cdiv(width, BLOCK))](
             x, routes.positions, out, WIDTH=width, CHOICES=routes.positions.shape[1],
-            BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=WARPS,
+            BLOCK=min(BLOCK, next_power_of_2(width)), num_warps=WARPS,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, require
 
 COPIED, SCATTERED = 256, 256
 
@@ -139,4 +139,4 @@ def set_entries(target: torch.Tensor, index: torch.Tensor, value: torch.Tensor) 
     require(index.shape == value.shape and index.dtype == torch.int32, "an int32 index for each value is needed")
     count = index.shape[0]
     if count:
-        _scatter_kernel[(triton.cdiv(count, SCATTERED),)](target, index, value, count, SCATTERED=SCATTERED, num_warps=4)
+        _scatter_kernel[(cdiv(count, SCATTERED),)](target, index, value, count, SCATTERED=SCATTERED, num_warps=4)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, next_power_of_2, require
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
@@ -60,6 +60,6 @@ def whole_norm(
     if num_rows == 0:
         return
     _whole_norm_kernel[(num_rows, 3)](
-        x, query_weight, key_weight, out, num_rows, eps, Q=q, K=k, BLOCK=triton.next_power_of_2(max(q, k)),
+        x, query_weight, key_weight, out, num_rows, eps, Q=q, K=k, BLOCK=next_power_of_2(max(q, k)),
         PARTIALS=x.shape[0] if x.dim() == 3 else 1, PDL=pdl, **launch_options(8, pdl),
     )  # fmt: skip

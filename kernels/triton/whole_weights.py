@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import require
+from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 
 EMBEDDING, HEAD, FIRST_NORM = 0, 1, 2
 """Numbers of the flags of a slot; norms follow in the order of a step."""
@@ -110,7 +110,7 @@ def embed_own(tokens: torch.Tensor, adapters: torch.Tensor, weights: WholeWeight
         _embed_kernel[(len(out),)](
             tokens, adapters, weights.numbers, weights.flags, out, weights.numbers.shape[1],
             NUM_FLAGS=weights.flags.shape[1], FLAG=EMBEDDING, WIDTH=weights.hidden_size,
-            BLOCK=triton.next_power_of_2(weights.hidden_size),
+            BLOCK=next_power_of_2(weights.hidden_size),
         )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def norm_own(
             residual, adapters, weights.numbers, weights.flags, out, weights.numbers.shape[1], FIRST_NORM + number,
             (weights.vocab_size + weights.head_rows + number) * weights.hidden_size, eps,
             NUM_FLAGS=weights.flags.shape[1], WIDTH=weights.hidden_size,
-            BLOCK=triton.next_power_of_2(weights.hidden_size), num_warps=8,
+            BLOCK=next_power_of_2(weights.hidden_size), num_warps=8,
         )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def head_own(x: torch.Tensor, adapters: torch.Tensor, weights: WholeWeights, log
     tile_k = next((size for size in (128, 64, 32, 16) if width % size == 0), 0)
     require(tile_k > 0, f"a hidden size of {width} is no multiple of 16")
     if len(x):
-        _head_kernel[(triton.cdiv(weights.head_rows, HEAD_TILE), len(weights.flags))](
+        _head_kernel[(cdiv(weights.head_rows, HEAD_TILE), len(weights.flags))](
             x, adapters, weights.numbers, weights.flags, logits, weights.numbers.shape[1], weights.vocab_size * width,
             len(x), weights.head_rows, NUM_FLAGS=weights.flags.shape[1], FLAG=HEAD, WIDTH=width, TILE_K=tile_k,
             TILE_N=HEAD_TILE, ROWS=HEAD_ROWS, num_warps=4,

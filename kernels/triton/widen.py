@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import Launch, launch_nothing, require
+from baton.kernels.triton.launch import Launch, launch_nothing, next_power_of_2, require
 from baton.kernels.triton.pool import TOKEN_SCALES, PagedPool
 
 PROGRAMS = 4  # of a multiprocessor, which take blocks and heads in turn
@@ -98,11 +98,11 @@ def widen_context(
         block_tables.stride(0),
         KV_HEADS=pool.num_units,
         DIM=pool.head_dim,
-        DIM_BLOCK=triton.next_power_of_2(pool.head_dim),
+        DIM_BLOCK=next_power_of_2(pool.head_dim),
         BLOCK_TOKENS=pool.block_tokens,
         LAYER_ROWS=pool.layer_rows,
         SCALES=pool.scale_mode,
-        SEQUENCES=triton.next_power_of_2(len(lengths)),
+        SEQUENCES=next_power_of_2(len(lengths)),
         ROWS=ROWS,
         num_warps=8,
     )
