@@ -55,7 +55,7 @@ class AdapterSteps:
         self._upload = Upload(queue, 2 * aligned(num_rows))
         self._rows = AdapterRows.make(row_tokens, count, device)
         self._kept = AdapterRows.make(row_tokens, count, device)
-        self._numbers = torch.arange(most_tokens, dtype=torch.int32, device=device)
+        self._span = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         of_layers = [site for of_layer in layout.sites for site in of_layer.values()]
         multiplied = of_layers if layout.vocabulary is None else [*of_layers, layout.vocabulary.head]
@@ -145,7 +145,8 @@ class AdapterSteps:
 
     def head_span(self, rows: AdapterRows, begin: int, end: int) -> AdapterRows | None:
         """The same of rows begin .. end - 1."""
-        return self.head_rows(rows, self._numbers[begin:end])
+        span = torch.arange(begin, end, out=self._span[: end - begin])  # at one address, for which kernels are compiled
+        return self.head_rows(rows, span)
 
     def _splits(self, num_inputs: int, num_rows: int) -> int:
         return splits_of(num_inputs, num_rows, deterministic=self._deterministic)

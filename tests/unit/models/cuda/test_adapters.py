@@ -183,7 +183,7 @@ def test_what_adapters_change_of_the_vocabulary(make_model, family, vocab_size, 
     run.launch(list(PROMPTS))
     assert [run.generated(slot)[:3] for slot in PROMPTS] == [served.expected(slot, 3) for slot in PROMPTS]
 
-    scored = Row(PROMPTS[0], 0, TABLES[0], DRAW, 0, PromptTargets(0, PROMPTS[0][1:], 2), adapter=0)
+    scored = Row(PROMPTS[0], 0, TABLES[0], DRAW, 0, PromptTargets(2, PROMPTS[0][3:], 2), adapter=0)
     late, plain = served.late.launch([scored]), served.by_adapter[0].launch([scored._replace(adapter=None)])
     assert [entry.token_ids for entry in late.read()] == [entry.token_ids for entry in plain.read()]
     for one, other in zip(late.prompt_logprobs[0], plain.prompt_logprobs[0], strict=True):
