@@ -6,14 +6,14 @@ Run by test_clients.py in an environment of its own: argv[1] is the server, argv
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from guidellm.cli import cli
+
 BASE_URL, WANTED = sys.argv[1], json.loads(sys.argv[2])
 NUM_REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 4, 32, 16
-COMMAND = Path(sys.executable).parent / "guidellm"
 
 
 def check_load(request_format: str) -> None:
@@ -28,7 +28,7 @@ def check_load(request_format: str) -> None:
             "output": f"kind=json,path={report}",
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-        subprocess.run([COMMAND, "run", *arguments, "--disable-console"], check=True, timeout=300)
+        cli(["run", *arguments, "--disable-console"], standalone_mode=False)
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
     requests = benchmark["requests"]
     assert not requests["errored"], requests["errored"][0]["info"]["error"]

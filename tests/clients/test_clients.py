@@ -143,6 +143,7 @@ def run(command: list[str | Path], folder: Path) -> None:
         "HF_DATASETS_OFFLINE": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LANGSMITH_TRACING": "false",
+        "GUIDELLM__MP_CONTEXT_TYPE": "forkserver",  # else each of its processes imports all of it, in 7 s of CPU time
         "OPENAI_API_KEY": "none",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
