@@ -17,8 +17,8 @@ ROUGH = {
     "stalls": Odds(stall=0.3, stall_s=6.0),
     "everything": Odds(0.05, 0.1, 0.02, 0.03, 0.02, 0.2, 0.3, 0.1),
 }
-RUNS, PARTS = 1300, 5
-"""Schedules of each kind: with nine kinds 11,700 in all; and the tests that each kind is divided into."""
+RUNS, PARTS = 800, 5
+"""Schedules of each kind: with nine kinds 7,200 in all; and the tests that each kind is divided into."""
 
 
 STALL_NOTICED_S = 8.0
