@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank
+from baton.models.adapters.modules import EMBEDDING, LM_HEAD
+from baton.models.adapters.token_rows import ENDING, take_token_rows
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
@@ -196,6 +198,22 @@ def test_what_adapters_change_of_the_vocabulary(make_model, family, vocab_size, 
         run.launch([2])
     alone = merged_runner(served.config, served.weights, own, BLOCK)
     assert run.generated(2)[:3] == one_after_the_other(alone, PROMPTS[2], TABLES[2], 3)
+
+
+def with_token_rows(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With rows of three tokens of a tied model, of which two are in a prompt with this adapter."""
+    rows = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(5)) * 0.3
+    tensors = {f"base_model.model.{EMBEDDING}{ENDING}": rows}
+    tokens = {"embed_tokens": (20, 50, 7)}
+    pairs = take_token_rows(tensors, config, tokens, lambda name, numbers: torch.zeros_like(rows))
+    return replace(adapter, embedding=pairs[EMBEDDING], lm_head=(pairs[LM_HEAD],))
+
+
+def test_rows_of_tokens(make_model):
+    """Guards against the row of another token, and rows of a tied model that one of its uses lacks."""
+    folder = make_model("gemma2", num_hidden_layers=1, vocab_size=163).folder
+    served = Served(folder, fastest, edit=with_token_rows, adapter_vocabulary=True)
+    served.check_logits()
 
 
 def test_deterministic_logits_do_not_depend_on_the_batch(make_model):
