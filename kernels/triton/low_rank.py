@@ -33,6 +33,9 @@ from baton.kernels.triton.launch import launch_options, require
 RANK_STEP = 16
 SPLIT_ROWS = 2048
 """Up to so many rows, K is split."""
+AHEAD_ROWS, AHEAD_INPUTS, MOST_AHEAD = 8, 512, 32
+"""Up to so many rows, K is split into parts of so many inputs, if they are no more than the last: a program has its
+part of A in registers before x is there."""
 FEW_ROWS = 256
 SHRINK_ITEMS, EXPAND_ITEMS = 32, 64
 """Programs that go through the items of FEW_ROWS rows or fewer, for each part of A and each tile of B."""
@@ -109,8 +112,16 @@ def splits_of(num_inputs: int, num_rows: int, *, deterministic: bool) -> int:
     """Parts of K: so many that few rows occupy the GPU, and if deterministic the same for all numbers of rows."""
     if num_rows > SPLIT_ROWS and not deterministic:
         return 1
+    if is_ahead(num_inputs, num_rows, deterministic=deterministic):
+        return num_inputs // AHEAD_INPUTS
     wanted = 16 if num_inputs > 8192 else 8
     return next(count for count in (wanted, 8, 4, 2, 1) if num_inputs % (count * RANK_STEP) == 0 or count == 1)
+
+
+def is_ahead(num_inputs: int, num_rows: int, *, deterministic: bool) -> bool:
+    """Whether A is read before x is there."""
+    fits = num_inputs % AHEAD_INPUTS == 0 and num_inputs // AHEAD_INPUTS <= MOST_AHEAD
+    return fits and num_rows <= AHEAD_ROWS and not deterministic
 
 
 @triton.jit
@@ -139,14 +150,26 @@ def load_item(
     return slot.to(tl.int64), tl.multiple_of(rank, 16), row, there
 
 
+@triton.jit
+def _load_a(
+    numbers_ptr, slot, rank, a_offset, part, first_r, split, SLOT_SIZE: tl.constexpr, K: tl.constexpr,
+    SHARE: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a part of A for a part of K; zeros for a lower rank."""
+    r = tl.arange(0, RANK_STEP)[:, None]
+    matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * a_offset
+    place = matrix + (part * rank + first_r + r) * K + split * SHARE + tl.arange(0, SHARE)[None, :]
+    return tl.load(place, mask=first_r + r < rank, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows", "site", "a_offset"])
 def _shrink_ranks_kernel(
     x_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, hidden_ptr, num_rows, site, a_offset,
     SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr,
     WIDTH: tl.constexpr, TILE_K: tl.constexpr, ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK_STEP: tl.constexpr, PREFETCH: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
+    RANK_STEP: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Items, ranks and matrices were written before the chain of early launches began."""
+    """Items, ranks and matrices were written before the chain of early launches began. AHEAD: each has one item."""
     first_item = tl.program_id(0)
     block = tl.program_id(1)
     split = tl.program_id(2)
@@ -159,6 +182,8 @@ def _shrink_ranks_kernel(
     slot, rank, row, there = load_item(
         items_ptr, order_ptr, ranks_ptr, first_item, num_items, site, SITES, ITEM_ROWS, COLUMNS
     )
+    if AHEAD:
+        a = _load_a(numbers_ptr, slot, rank, a_offset, part, first_r, split, SLOT_SIZE, K, SHARE, RANK_STEP)
     if PDL:
         if PREFETCH:  # noqa: SIM102 - known when compiling, the next one is not
             if first_r < rank:
@@ -174,14 +199,17 @@ def _shrink_ranks_kernel(
     column = tl.arange(0, TILE_K)
     for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
         if first_r < rank:
-            matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * a_offset
-            a_place = matrix + (part * rank + first_r + r[:, None]) * K + split * SHARE + column[None, :]
             x_place = x_ptr + row.to(tl.int64)[:, None] * K + split * SHARE + column[None, :]
             total = tl.zeros([RANK_STEP, ITEM_ROWS], tl.float32)
-            for k in tl.range(0, SHARE, TILE_K):
-                a = tl.load(a_place + k)
-                x = tl.load(x_place + k, mask=there[:, None], other=0.0)
+            if AHEAD:
+                x = tl.load(x_place, mask=there[:, None], other=0.0)
                 total = tl.dot(a, x.T, total, input_precision="ieee")
+            else:
+                matrix = numbers_ptr + slot * SLOT_SIZE + rank.to(tl.int64) * a_offset
+                a_place = matrix + (part * rank + first_r + r[:, None]) * K + split * SHARE + column[None, :]
+                for k in tl.range(0, SHARE, TILE_K):
+                    x = tl.load(x_place + k, mask=there[:, None], other=0.0)
+                    total = tl.dot(tl.load(a_place + k), x.T, total, input_precision="ieee")
             target = hidden_ptr + (split * num_rows + row).to(tl.int64)[None, :] * WIDTH
             tl.store(target + part * MAX_RANK + first_r + r[:, None], total, mask=there[None, :])
         following = number + tl.num_programs(0)
@@ -198,10 +226,12 @@ def shrink(
     hidden: torch.Tensor,
     memory: torch.Tensor,
     *,
+    ahead: bool = False,
     beside: bool = False,
     pdl: bool = False,
 ) -> AddedProduct:
-    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]; memory and beside: see AddedProduct."""
+    """Fills hidden float32 [splits, M, parts * max_rank]; x [M, K]; memory and beside: see AddedProduct. ahead: of few
+    rows, whose splits are of AHEAD_INPUTS."""
     num_rows, k = x.shape
     splits, width = hidden.shape[0], bank.rank_width(site)
     require(k == site.inputs and k % (splits * RANK_STEP) == 0, f"{k} inputs in {splits} parts, a site of {site}")
@@ -212,12 +242,15 @@ def shrink(
     share = k // splits
     tile_k = next(size for size in (256, 128, 64, 32, 16) if share % size == 0)
     prefetch = next((size for size in (1024, 512, 256) if share >= size), 0) if x.element_size() == 2 else 0
+    require(not ahead or (share == AHEAD_INPUTS and num_rows <= AHEAD_ROWS), f"{num_rows} rows in parts of {share}")
+    if ahead:
+        tile_k, prefetch = share, 0
     if len(rows.items):
         _shrink_ranks_kernel[(_programs(rows, SHRINK_ITEMS), width // RANK_STEP, splits)](
             x, bank.numbers, bank.ranks, rows.order, rows.items, hidden, num_rows, site.number, site.a_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], K=k, SPLITS=splits, MAX_RANK=bank.max_rank,
             WIDTH=width, TILE_K=tile_k, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS, RANK_STEP=RANK_STEP, PREFETCH=prefetch,
-            BESIDE=beside, PDL=pdl, **launch_options(4, pdl, 3),
+            AHEAD=ahead, BESIDE=beside, PDL=pdl, **launch_options(4, pdl, 3),
         )  # fmt: skip
     return AddedProduct(bank, site, rows, hidden, memory, beside)
 

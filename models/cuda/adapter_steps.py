@@ -14,12 +14,14 @@ import torch
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
 from baton.kernels.triton.embedding_pairs import embed_pairs
 from baton.kernels.triton.low_rank import (
+    AHEAD_ROWS,
     FEW_ROWS,
     HEAD_ITEMS,
     SPLIT_ROWS,
     AddedProduct,
     BankSite,
     expand,
+    is_ahead,
     shrink,
     splits_of,
 )
@@ -63,7 +65,7 @@ class AdapterSteps:
         sizes = [
             self._splits(k, rows) * rows * width
             for k, width in sites
-            for rows in {min(SPLIT_ROWS, most_tokens), most_tokens}
+            for rows in {min(most, most_tokens) for most in (AHEAD_ROWS, SPLIT_ROWS, most_tokens)}
         ]
         self._hidden = torch.zeros(max(sizes, default=0), dtype=torch.float32, device=device)
         widest = max((site.ends[-1] for site in of_layers), default=0)
@@ -115,7 +117,8 @@ class AdapterSteps:
         num_rows, width = len(x), self._slots.bank.rank_width(site)
         splits = self._splits(site.inputs, num_rows)
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
-        return shrink(x, self._slots.bank, site, rows, hidden, self._apart, beside=beside, pdl=pdl)
+        ahead = is_ahead(site.inputs, num_rows, deterministic=self._deterministic)
+        return shrink(x, self._slots.bank, site, rows, hidden, self._apart, ahead=ahead, beside=beside, pdl=pdl)
 
     def embed(self, tokens: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
         """Launches what adapters have in place of the model's embedding of tokens, int32 [N], and what they add to it,

@@ -100,14 +100,15 @@ def added_to(
     *,
     pdl: bool = False,
     splits: int | None = None,
+    ahead: bool = False,
     beside: bool = False,
 ) -> AddedProduct:
     site = adapters.site
-    splits = splits or low_rank.splits_of(site.inputs, len(x), deterministic=True)
+    splits = splits or low_rank.splits_of(site.inputs, len(x), deterministic=not ahead)
     hidden = poison((splits, len(x), adapters.bank.rank_width(site)), torch.float32, str(x.device))
     rows = group(of_rows, len(adapters.bank.numbers))
     memory = poison((len(x) * site.ends[-1],), adapters.bank.numbers.dtype, str(x.device))
-    return low_rank.shrink(x, adapters.bank, site, rows, hidden, memory, beside=beside, pdl=pdl)
+    return low_rank.shrink(x, adapters.bank, site, rows, hidden, memory, ahead=ahead, beside=beside, pdl=pdl)
 
 
 def check_expand(
@@ -120,19 +121,21 @@ def check_expand(
     ends: tuple[int, ...],
     pdl: bool = False,
     few_programs: int = low_rank.EXPAND_ITEMS,
+    ahead: bool = False,
 ) -> None:
     """Rows without an adapter keep their bits, and others have those that they have alone."""
     adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
     x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
     before = randn((rows, ends[-1]), dtype, device, 3)
     out = before.clone()
-    low_rank.expand(added_to(adapters, x, of_rows, pdl=pdl), out, few_programs=few_programs, pdl=pdl)
+    added = added_to(adapters, x, of_rows, ahead=ahead, pdl=pdl)
+    low_rank.expand(added, out, few_programs=few_programs, pdl=pdl)
     exact = before.double() + adapters.delta(x, of_rows)
     assert error(out, exact) <= 4 * max(error(exact.to(dtype), exact), 1e-6)
     assert torch.equal(out[of_rows < 0], before[of_rows < 0])
     last = slice(rows - 1, rows)
     alone = before[last].clone()
-    low_rank.expand(added_to(adapters, x[last], of_rows[last]), alone)
+    low_rank.expand(added_to(adapters, x[last], of_rows[last], ahead=ahead), alone)
     assert torch.equal(alone, out[last])
 
 

@@ -631,7 +631,9 @@ def adapted(rows: int, max_rank: int, beside: bool) -> None:
         splits = low_rank.splits_of(k, rows, deterministic=False)
         hidden = empty(splits, rows, bank.rank_width(site), dtype=torch.float32)
         memory = empty(rows * ends[-1])
-        added = low_rank.shrink(empty(rows, k), bank, site, of_rows, hidden, memory, beside=beside, pdl=True)
+        ahead = low_rank.is_ahead(k, rows, deterministic=False)
+        x = empty(rows, k)
+        added = low_rank.shrink(x, bank, site, of_rows, hidden, memory, ahead=ahead, beside=beside, pdl=True)
         low_rank.expand(added, empty(rows, ends[-1]), pdl=True)
         if beside:
             added.apart(pdl=True)
@@ -763,7 +765,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "adapters_16": lambda: adapted(8, 16, beside=False),
     "adapters_64": lambda: adapted(64, 64, beside=False),
-    "adapters_16_beside": lambda: adapted(64, 16, beside=True),
+    "adapters_16_beside": lambda: adapted(8, 16, beside=True),
     "adapters_64_beside": lambda: adapted(64, 64, beside=True),
     "vocabulary_16": lambda: vocabulary_of_adapters(16),
     "vocabulary_64": lambda: vocabulary_of_adapters(64),

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.triton import low_rank
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import adapter_checks as checks
 
@@ -40,6 +41,12 @@ def test_expand_adds_in_wide_tiles_and_to_many_rows(device, rows):
 def test_expand_adds_to_outputs_that_are_no_whole_tiles(device, outputs):
     """Guards against outputs past the last, of a row, of B and of memory, and items that no program has."""
     checks.check_expand(device, torch.bfloat16, 40, [16, 0, 16], 16, 64, (outputs,), few_programs=2)
+
+
+@pytest.mark.parametrize("rows", [1, low_rank.AHEAD_ROWS])
+def test_what_is_added_where_matrices_are_read_before_rows(device, rows):
+    """Guards the parts of A that a program has before x: of a lower rank, and of none."""
+    checks.check_expand(device, torch.float32, rows, [16, 0, 32], 32, 1024, (64, 80, 96), ahead=True)
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 1), (torch.bfloat16, 5)])
