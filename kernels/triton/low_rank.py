@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.triton.adapter_rows import COLUMNS, ITEM_ROWS, AdapterRows
-from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import cdiv, launch_options, require
 
 RANK_STEP = 16
 SPLIT_ROWS = 2048
@@ -351,7 +351,7 @@ def expand(
         tile_n = sizes[0]
     require(tile_n > 0, f"parts that end at {site.ends} are no multiples of 16")
     if len(rows.items):
-        _expand_ranks_kernel[(_programs(rows, few_programs), triton.cdiv(n, tile_n))](
+        _expand_ranks_kernel[(_programs(rows, few_programs), cdiv(n, tile_n))](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
             SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
             MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
