@@ -147,7 +147,7 @@ def test_every_launcher_works_from_a_read_only_checkout(checkout: Path, tmp_path
             command = [checkout / "scripts" / name, "--no-install", "--help"]
             done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
             assert done.returncode == 0 and "usage: baton " in done.stdout, (name, done.stdout, done.stderr)
-        with serving([checkout / "scripts" / "serve", "--no-install"], tmp_path, environ) as url:
+        with serving([checkout / "scripts" / "serve", "--no-install", "--prefill", "0"], tmp_path, environ) as url:
             assert complete(url)
         assert sorted(path for path in checkout.rglob("*") if "__pycache__" not in path.parts) == before
     finally:
