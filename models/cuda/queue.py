@@ -6,7 +6,9 @@ What is put into a `Queue` runs later, in order, and a mark says when it has run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -114,7 +116,7 @@ class CudaQueue:
             self.enqueue(work)
             return work
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), without_collections():
             work()  # compiles what is not compiled yet, which a capture cannot
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool)
@@ -140,7 +142,7 @@ class CudaQueue:
             calls.append(call)
             begin()
 
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), without_collections():
             work(leave_out)  # as in `capture`
             self._stream.synchronize()
             begin()
@@ -157,6 +159,19 @@ class CudaQueue:
             return made
 
         return replay
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """No unused cycle of objects is destroyed inside: a capture ends in an error when CUDA is asked about an event, as
+    it is when pinned memory is freed."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def leave_out(*call: Any) -> None:

@@ -12,6 +12,10 @@ from baton.kernels.triton.quantise import RUN, CodedRows
 
 CUBLAS_WIDTH = 16
 """cuBLAS multiplies bytes of matrices whose sizes are multiples of this."""
+CUBLAS_RUNS = 4
+"""Of inputs. For cuBLAS the scales of 128 outputs lie a multiple of so many apart (its documentation, "Scaling factors
+layouts"), but `torch._scaled_mm` takes them side by side only: where these differ cuBLAS would read wrong scales, and
+what lies behind the last, without an error."""
 Int8Product = Callable[..., None]
 """product(x in codes, weight, out, fused=)"""
 
@@ -24,7 +28,7 @@ class ScaledManyRows:
         usable = dtype == torch.bfloat16 and device.startswith("cuda") and not deterministic
         self._by_cublas = usable and _cublas_multiplies(weight_format, device)
         self._int8 = _int8_product(device) if usable and weight_format == "int8_row" else None
-        self._step = RUN if weight_format == "fp8_block" else CUBLAS_WIDTH  # of inputs: runs share a scale
+        self._step = CUBLAS_RUNS * RUN if weight_format == "fp8_block" else CUBLAS_WIDTH  # of inputs
 
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether rows in codes are multiplied by such a weight."""

@@ -117,3 +117,12 @@ def test_rows_are_in_codes_only_if_runs_divide_them(monkeypatch, weight_format, 
     many = ScaledManyRows(weight_format, False, torch.bfloat16, "cuda:0")
     assert many.fits(2048, 10944) is fits
     assert many.fits(2048, 10240)
+
+
+@pytest.mark.parametrize(("weight_format", "fits"), [("fp8_block", False), ("fp8_row", True)])
+@pytest.mark.parametrize("num_inputs", [384, 8960])
+def test_cublas_gets_no_scales_that_it_reads_as_others(monkeypatch, weight_format, num_inputs, fits):
+    """Guards against results that are silently wrong, and against what lies behind the scales, where 128 outputs have a
+    number of scales that is no multiple of four: a rank's part of a narrow model, and Qwen2.5-1.5B."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert ScaledManyRows(weight_format, False, torch.bfloat16, "cuda:0").fits(256, num_inputs) is fits
