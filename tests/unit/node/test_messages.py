@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect as inspect
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from baton.node.messages.base import MAX_BODY_BYTES, MAX_TOKENS, BadMessage, Message, encode
@@ -103,6 +103,7 @@ def is_refused_or_whole(body: bytes) -> bool:
 def test_messages_survive_a_round_trip(cls: type[Message]) -> None:
     """Guards exactness: a field lost or changed in encoding (an empty tuple, an extreme count) is silent."""
 
+    @settings(max_examples=40)
     @given(EACH[cls])
     def check(message: Message) -> None:
         arrived = decode(encode(message))
