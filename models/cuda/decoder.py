@@ -143,35 +143,15 @@ class DeviceDecoder:
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        x = self.begin_prefill(tokens, positions, kv_slots, attend, adapters)
-        self.end_prefill(x, tokens, positions, kv_slots, attend, drawn, adapters)
+        step = Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters)
+        self.end_prefill(self.begin(step), step)
 
-    def begin_prefill(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        attend: Attend,
-        adapters: AdapterRows | None = None,
-    ) -> Rows:
-        """The part of `prefill` that depends on no draw, all layers but the last: what that one reads, which lies in
-        the same memory in each step of so many tokens."""
-        return self._begin(Step(tokens, positions, kv_slots, attend, adapters=adapters))
-
-    def end_prefill(
-        self,
-        x: Rows,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        attend: Attend,
-        drawn: torch.Tensor,
-        adapters: AdapterRows | None = None,
-    ) -> None:
-        """The rest of `prefill`, on what `begin_prefill` returned."""
-        normed = self._end(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters), x)
+    def end_prefill(self, x: Rows, step: Step) -> None:
+        """What `prefill` does once `begin` has returned x."""
+        assert step.drawn is not None, "known by now"
+        normed = self._end(step, x)
         if normed is not None:
-            self._logits(normed, pdl=False, adapters=self._head_rows(adapters, drawn))
+            self._logits(normed, pdl=False, adapters=self._head_rows(step.adapters, step.drawn))
 
     def prefill_scored(
         self,
@@ -199,10 +179,11 @@ class DeviceDecoder:
 
     def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
-        return self._end(step, self._begin(step))
+        return self._end(step, self.begin(step))
 
-    def _begin(self, step: Step) -> Rows:
-        """Layers before the last."""
+    def begin(self, step: Step) -> Rows:
+        """All layers but the last, which depend on no draw; what that one reads, which lies in the same memory in each
+        step of so many tokens."""
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
         residual = self._residual_of(step)
         torch.index_select(self._weights.embedding, 0, step.tokens, out=residual)

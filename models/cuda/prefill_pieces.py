@@ -23,6 +23,7 @@ from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import Hole, Queue
 from baton.models.cuda.step_decoder import StepDecoder
+from baton.models.cuda.step_ops import Step
 
 SMALLEST = 16, 32
 SMALL, SMALL_STEP = 1024, 64
@@ -30,7 +31,7 @@ LARGE, LARGE_STEP = 2048, 128
 """Sizes, and tokens up to which every multiple of a step is one. Products have tiles of 128 tokens, so that padding
 costs little; beyond, launching takes the host less than the GPU."""
 
-EndPrefill = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Attend, torch.Tensor, AdapterRows | None], None]
+EndPrefill = Callable[[Step], None]
 """DeviceDecoder.end_prefill, of a step that has begun."""
 
 
@@ -45,10 +46,14 @@ class PrefillPieces:
 
     def __init__(self, queue: Queue, decoder: StepDecoder, limits: StepLimits, upload: ChunkUpload) -> None:
         self._queue, self._decoder, self._limits, self._upload = queue, decoder, limits, upload
-        self.places = torch.zeros(3, limits.step_tokens, dtype=torch.int32, device=queue.device)
+        self.places = torch.empty(3, limits.step_tokens, dtype=torch.int32, device=queue.device)
         """Tokens, positions and KV slots of a step."""
+        queue.enqueue(self._clear)  # elsewhere it might run behind the first step, which reads them as they are
         self._sizes: tuple[int, ...] = ()
         self._pieces: dict[tuple[int, bool], Callable[[Hole], EndPrefill]] = {}
+
+    def _clear(self) -> None:
+        self.places.zero_()
 
     def capture_all(self) -> None:
         """In place of what was captured before."""
@@ -71,7 +76,7 @@ class PrefillPieces:
         if pieces is None:
             self._decoder.prefill(tokens, positions, kv_slots, attend, drawn, adapters)
         else:
-            pieces(attend)(tokens, positions, kv_slots, attend, drawn, adapters)
+            pieces(attend)(Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters))
 
     def _capture(self, decoder: DeviceDecoder, size: int, adapter: int | None) -> Callable[[Hole], EndPrefill]:
         """For rows with adapters if one is given."""
@@ -81,6 +86,7 @@ class PrefillPieces:
         adapters = self._upload.send(arrays, [row], size).adapters
 
         def begin(attend: Hole) -> EndPrefill:
-            return partial(decoder.end_prefill, decoder.begin_prefill(tokens, positions, kv_slots, attend, adapters))
+            step = Step(tokens, positions, kv_slots, attend, adapters=adapters)
+            return partial(decoder.end_prefill, decoder.begin(step))
 
         return self._queue.capture_around(begin)
