@@ -105,6 +105,7 @@ class CudaQueue:
         return CudaQueue(self._stream.device.index)
 
     def rehearse(self, work: Work) -> None:
+        torch.cuda.current_stream(self._stream.device).synchronize()  # there memory that steps read was cleared
         self._rehearsing = True
         try:
             compile_ahead(work)
