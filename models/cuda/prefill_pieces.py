@@ -29,7 +29,7 @@ SMALLEST = 16, 32
 SMALL, SMALL_STEP = 1024, 64
 LARGE, LARGE_STEP = 2048, 128
 """Sizes, and tokens up to which every multiple of a step is one. Products have tiles of 128 tokens, so that padding
-costs little; beyond, launching takes the host less than the GPU."""
+costs little; beyond, launching an 8B model's step takes the host less than the GPU."""
 
 EndPrefill = Callable[[Step], None]
 """DeviceDecoder.end_prefill, of a step that has begun."""
