@@ -27,7 +27,8 @@ from baton.tests.integration.prompts import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a key of the test"
-SMALL: dict[str, Any] = {"device": "cpu", "store_ram_gib": 0, "prefill": 0}
+SETTINGS: dict[str, Any] = {"device": "cpu", "store_ram_gib": 0}
+SMALL: dict[str, Any] = {**SETTINGS, "prefill": 0}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("demo", **SMALL) as llm:
+    with LLM("demo", **SETTINGS) as llm:
         yield llm
 
 
