@@ -1,11 +1,12 @@
 """Whole KV blocks: their checksums, and copies between the pool and a contiguous staging buffer.
 
-    checks[i] = mix(words + sum over j of (lo_j ^ a_j) * (hi_j ^ b_j) + w_j)   w: the words of block ids[i]
+    checks[i] = mix(words + sum over j of (lo_j ^ a_j) * (hi_j ^ b_j) + w_j)   w: the words of row ids[i]
                 a_j = (2 j + 1) * 0x9E3779B1, b_j = (2 j + 1) * 0x85EBCA77     mod 2**32
     gather:  staging[i] = pool[ids[i]]          scatter:  pool[ids[i]] = staging[i]
 
 Blocks are seen as rows of 64-bit words, of which lo and hi are the halves and mix is SplitMix64's finaliser; a program
-does SLICE words of one block. Bytes: a checksum reads each block once, a copy reads and writes it once.
+does SLICE words of one row. Rows of checksums may be longer or shorter than the distance between two ids. Bytes: a
+checksum reads each row once, a copy reads and writes each block once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -17,19 +18,28 @@ import triton.language as tl
 
 from baton.kernels.triton.launch import cdiv, next_power_of_2, require
 
+WORD_BYTES = 8
 SLICE, WARPS = 8192, 8  # 64 KiB a program
 STEP = 2048  # words that a program holds at a time: 64 bytes a thread in flight, four times over
 
 
 @triton.jit
-def _checksum_parts_kernel(pool_ptr, id_ptr, part_ptr, WORDS: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr):
+def _checksum_parts_kernel(
+    pool_ptr,
+    id_ptr,
+    part_ptr,
+    WORDS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SLICE: tl.constexpr,
+    STEP: tl.constexpr,
+):
     part = tl.program_id(0)
-    block = tl.load(id_ptr + tl.program_id(1)).to(tl.int64)
+    row = tl.load(id_ptr + tl.program_id(1)).to(tl.int64) * STRIDE
     total = tl.zeros([STEP], tl.int64)
     for start in tl.static_range(0, SLICE, STEP):
         index = part * SLICE + start + tl.arange(0, STEP)
         inside = index < WORDS
-        word = tl.load(pool_ptr + block * WORDS + index, mask=inside, other=0)
+        word = tl.load(pool_ptr + row + index, mask=inside, other=0)
         odd = (2 * index + 1).to(tl.uint32)
         low = (word & 0xFFFFFFFF).to(tl.uint32) ^ (odd * 0x9E3779B1)
         high = (word >> 32).to(tl.uint32) ^ (odd * 0x85EBCA77)
@@ -63,26 +73,32 @@ def _copy_blocks_kernel(
             tl.store(pool_ptr + block + index, tl.load(staging_ptr + place + index, mask=inside), mask=inside)
 
 
-def checksum_scratch(max_blocks: int, pool: torch.Tensor) -> torch.Tensor:
-    """Room for the parts of block_checksums of up to max_blocks blocks: int64 [max_blocks, parts]."""
-    return torch.empty(max_blocks, cdiv(_words(pool).shape[1], SLICE), dtype=torch.int64, device=pool.device)
+def checksum_scratch(max_rows: int, pool: torch.Tensor, row_bytes: int | None = None) -> torch.Tensor:
+    """Room for the parts of block_checksums of up to max_rows rows, by default blocks: int64 [max_rows, parts]."""
+    words = _words(pool).shape[1] if row_bytes is None else _num_words(row_bytes)
+    return torch.empty(max_rows, cdiv(words, SLICE), dtype=torch.int64, device=pool.device)
 
 
-def block_checksums(pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor) -> None:
-    """out int64 [n]: the checksums of pool[ids]; ids int32 or int64 [n].
+def block_checksums(
+    pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor, row_bytes: int | None = None
+) -> None:
+    """out int64 [n]: the checksums of pool[ids] or, with row_bytes, of so many bytes from the begin of pool[ids] on.
 
-    pool [blocks, ...] of any dtype, contiguous, a multiple of 8 bytes a block; scratch from checksum_scratch.
+    pool [blocks, ...] of any dtype, contiguous; a block, and a row, have a multiple of 8 bytes. ids int32 or int64 [n];
+    scratch from checksum_scratch.
     """
-    words = _words(pool)
-    count, parts = ids.shape[0], cdiv(words.shape[1], SLICE)
+    blocks = _words(pool)
+    count, stride = ids.shape[0], blocks.shape[1]
+    words = stride if row_bytes is None else _num_words(row_bytes)
+    parts = cdiv(words, SLICE)
     require(scratch.shape[0] >= count and scratch.shape[1] == parts, f"scratch {tuple(scratch.shape)} is too small")
-    require(out.shape == (count,) and out.dtype == scratch.dtype == torch.int64, "out must be int64, one a block")
+    require(out.shape == (count,) and out.dtype == scratch.dtype == torch.int64, "out must be int64, one a row")
     if count == 0:
         return
-    step = min(STEP, next_power_of_2(words.shape[1]))
-    size = min(SLICE, cdiv(words.shape[1], step) * step)
-    _checksum_parts_kernel[(parts, count)](words, ids, scratch, words.shape[1], size, step, num_warps=WARPS)
-    _checksum_ends_kernel[(count,)](scratch, out, words.shape[1], parts, next_power_of_2(parts), num_warps=1)
+    step = min(STEP, next_power_of_2(words))
+    size = min(SLICE, cdiv(words, step) * step)
+    _checksum_parts_kernel[(parts, count)](blocks, ids, scratch, words, stride, size, step, num_warps=WARPS)
+    _checksum_ends_kernel[(count,)](scratch, out, words, parts, next_power_of_2(parts), num_warps=1)
 
 
 def gather_blocks(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor) -> None:
@@ -110,6 +126,10 @@ def _copy(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor, gather: 
 def _words(blocks: torch.Tensor) -> torch.Tensor:
     """[blocks, words]: each block as 64-bit words."""
     require(blocks.is_contiguous(), "blocks must be contiguous")
-    size_bytes = blocks[0].numel() * blocks.element_size()
-    require(size_bytes % 8 == 0, f"a block of {size_bytes} bytes is no whole number of 64-bit words")
+    _num_words(blocks[0].numel() * blocks.element_size())
     return blocks.flatten(1).view(torch.int64)
+
+
+def _num_words(size_bytes: int) -> int:
+    require(size_bytes % WORD_BYTES == 0, f"{size_bytes} bytes are no whole number of 64-bit words")
+    return size_bytes // WORD_BYTES

@@ -15,7 +15,7 @@ import torch
 
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
-from baton.kvtransfer.blocks.digest import BlockDigests
+from baton.kvtransfer.blocks.digest import BlockDigests, UnitRows
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.node.errors import InvariantBroken, SettingsError
@@ -119,6 +119,7 @@ class DevicePool:
         self.memory = DeviceMemory(num_blocks, layout.block_bytes, device_index, layout.num_units)
         self._tensors: KvTensors | None = kv_tensors(self.memory.data.view(-1), layout, num_blocks)
         self._digests = BlockDigests(self.memory.data)
+        self._layer_digests: BlockDigests | None = None  # of workers that have peers with stages
 
     @property
     def tensors(self) -> KvTensors:
@@ -143,6 +144,14 @@ class DevicePool:
         """See BlockDigests.sums."""
         self._opened()
         return self._digests.sums(blocks)
+
+    def layer_sums(self, blocks: Sequence[int]) -> bytes:
+        """The same of the layers of these units: block by block, unit by unit. The first call takes seconds."""
+        self._opened()
+        if self._layer_digests is None:
+            rows = UnitRows(self.layout.num_layers, self.layout.layer_bytes)
+            self._layer_digests = BlockDigests(self.memory.data, rows)
+        return self._layer_digests.sums(blocks)
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""

@@ -1,10 +1,14 @@
-"""Digests of blocks that lie in device memory, computed there by a kernel: 8 bytes a unit come to the host."""
+"""Digests of blocks that lie in device memory, computed there by a kernel: 8 bytes a row come to the host.
+
+A row is a unit or, where stages share out the layers, a layer of a unit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Protocol
+from math import gcd
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,22 +19,35 @@ from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.node.errors import InvariantBroken
 
 MAX_ROWS = 65_535
-"""Units in one launch: the size of a grid's second dimension."""
+"""In one launch: the size of a grid's second dimension."""
+
+
+class UnitRows(NamedTuple):
+    """What of a unit is summed up: so many rows from its begin on, one behind the other."""
+
+    num_rows: int
+    row_bytes: int
 
 
 class Checksums:
-    """Room for the checksums of all units of up to `max_blocks` blocks of one allocation; `checksum.py` defines them.
+    """Room for the checksums of all rows of up to `max_blocks` blocks of one allocation; `checksum.py` defines them.
 
     `launch` and `result` follow each other: between them the GPU gets as far as the kernel.
     """
 
-    def __init__(self, data: torch.Tensor, max_blocks: int) -> None:
-        """`data`: uint8 [num_blocks, num_units, unit_bytes], unit_bytes a multiple of WORD_BYTES."""
-        self._num_blocks, self._num_units = data.shape[:2]
-        self.max_blocks = min(max_blocks, MAX_ROWS // self._num_units)
-        self._rows = data.flatten(0, 1)  # unit u of block b: b * num_units + u
-        most = self.max_blocks * self._num_units
-        self._scratch = checksum_scratch(most, self._rows)
+    def __init__(self, data: torch.Tensor, max_blocks: int, rows: UnitRows | None = None) -> None:
+        """`data`: uint8 [num_blocks, num_units, unit_bytes]; rows, each a unit if not given, and units have a multiple
+        of WORD_BYTES."""
+        self._num_blocks, num_units, unit_bytes = data.shape
+        num_rows, self._row_bytes = rows or (1, unit_bytes)
+        step = gcd(unit_bytes, self._row_bytes) if num_rows > 1 else unit_bytes
+        self._steps = data.view(-1, step)  # rows begin at these
+        self._steps_per_block = num_units * unit_bytes // step
+        first_rows = np.arange(0, self._steps_per_block, unit_bytes // step)
+        self._places = (first_rows[:, None] + np.arange(num_rows) * (self._row_bytes // step)).ravel()  # in a block
+        self.max_blocks = min(max_blocks, MAX_ROWS // len(self._places))
+        most = self.max_blocks * len(self._places)
+        self._scratch = checksum_scratch(most, self._steps, self._row_bytes)
         self._ids = torch.empty(most, dtype=torch.int64, device=data.device)
         self._sums = torch.empty(most, dtype=torch.int64, device=data.device)
         self._host_ids = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
@@ -40,21 +57,21 @@ class Checksums:
     @property
     def block_sums_bytes(self) -> int:
         """Bytes of the sums of one block."""
-        return self._num_units * WORD_BYTES
+        return len(self._places) * WORD_BYTES
 
     def launch(self, blocks: Sequence[int]) -> None:
         """On torch's current stream."""
         if min(blocks, default=0) < 0 or max(blocks, default=0) >= self._num_blocks:
             raise InvariantBroken(f"blocks {list(blocks)} of a pool of {self._num_blocks}")
-        self._count = count = len(blocks) * self._num_units
-        firsts = np.array(blocks, dtype=np.int64) * self._num_units
-        self._host_ids[:count] = torch.from_numpy((firsts[:, None] + np.arange(self._num_units)).ravel())
+        self._count = count = len(blocks) * len(self._places)
+        firsts = np.array(blocks, dtype=np.int64) * self._steps_per_block
+        self._host_ids[:count] = torch.from_numpy((firsts[:, None] + self._places).ravel())
         self._ids[:count].copy_(self._host_ids[:count], non_blocking=True)
-        block_checksums(self._rows, self._ids[:count], self._scratch, self._sums[:count])
+        block_checksums(self._steps, self._ids[:count], self._scratch, self._sums[:count], self._row_bytes)
         self._host_sums[:count].copy_(self._sums[:count], non_blocking=True)
 
     def result(self) -> bytes:
-        """The sums of the last launch, when its stream has got so far: WORD_BYTES a unit, block by block."""
+        """The sums of the last launch, when its stream has got so far: WORD_BYTES a row, block by block."""
         return self._host_sums[: self._count].numpy().tobytes()
 
     def digest(self) -> bytes:
@@ -73,16 +90,16 @@ class BlockDigests:
     MAX_BLOCKS = 1024
     """In one launch; more take several."""
 
-    def __init__(self, data: torch.Tensor) -> None:
-        """`data`: as for Checksums."""
-        self._checksums = Checksums(data, self.MAX_BLOCKS)
+    def __init__(self, data: torch.Tensor, rows: UnitRows | None = None) -> None:
+        """As Checksums."""
+        self._checksums = Checksums(data, self.MAX_BLOCKS, rows)
         self._stream = torch.cuda.Stream(data.device, priority=-1) if data.is_cuda else None  # before what computes
         if data.is_cuda:
             torch.cuda.synchronize(data.device)
         self.digest([0])  # loads the kernels, which later would wait for the whole device: NCCL may spin there
 
     def digest(self, blocks: Sequence[int]) -> bytes:
-        """The digest ("sum64") of the units of these blocks in this order: finds corruption, proves no identity.
+        """The digest ("sum64") of the rows of these blocks in this order: finds corruption, proves no identity.
 
         On a GPU it waits for its own side stream alone: for about the time of reading the blocks.
         """
@@ -101,7 +118,7 @@ class BlockDigests:
         ]
 
     def sums(self, blocks: Sequence[int]) -> bytes:
-        """Checksums of the units of these blocks, WORD_BYTES each, block by block; waits as `digest` does."""
+        """Checksums of the rows of these blocks, WORD_BYTES each, block by block; waits as `digest` does."""
         sums = bytearray()
         for start in range(0, len(blocks), self._checksums.max_blocks):
             self._run(blocks[start : start + self._checksums.max_blocks])

@@ -134,6 +134,8 @@ def test_many_rows_use_the_gluon_kernel(rows):
 
 def test_blocks():
     checks.check_blocks(GPU, BF16, (20, 32, 2, 64, 8, 128), 12)
+    for step_words, row_words in ((2048, 2112), (4096, 2048), (1024, 8200)):
+        checks.check_rows(GPU, step_words, row_words)
     checks.check_blocks(GPU, torch.float32, (20, 5, 2, 16, 2, 80), 20)
 
 

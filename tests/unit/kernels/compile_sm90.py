@@ -246,7 +246,10 @@ def whole_blocks() -> None:
     from baton.kernels.triton import blocks
 
     units, ids = empty(512, 32, 2, 64, 128), empty(16, dtype=torch.int32)
-    blocks.block_checksums(units, ids, blocks.checksum_scratch(16, units), empty(16, dtype=torch.int64))
+    sums, layer_bytes = empty(16, dtype=torch.int64), 2 * 64 * 128 * 2
+    blocks.block_checksums(units, ids, blocks.checksum_scratch(16, units), sums)
+    steps = empty(512 * 32 * 2, 64, 128)  # half of a layer, as padding may be
+    blocks.block_checksums(steps, ids, blocks.checksum_scratch(16, steps, layer_bytes), sums, layer_bytes)
     blocks.gather_blocks(units, ids, units)
     blocks.scatter_blocks(units, ids, units)
 

@@ -593,6 +593,16 @@ def check_blocks(device: str, dtype: torch.dtype, shape: tuple[int, ...], count:
     assert torch.equal(target.flatten(1).view(torch.uint8).cpu(), moved)
 
 
+def check_rows(device: str, step_words: int, row_words: int) -> None:
+    """Checksums of rows that are longer or shorter than the distance of the places at which they may begin."""
+    raw = torch.randint(0, 256, (40, step_words * 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pool, places = raw.to(device), torch.tensor([0, 5, 3], device=device)
+    checks, size = torch.zeros(3, dtype=torch.int64, device=device), row_words * 8
+    blocks.block_checksums(pool, places, blocks.checksum_scratch(3, pool, size), checks, size)
+    rows = torch.stack([raw.flatten()[place * step_words * 8 :][:size] for place in places.tolist()])
+    assert checks.cpu().numpy().view("uint64").tolist() == checksum.unit_checksums(rows.numpy()).tolist()
+
+
 def check_step_inputs(device: str, num_rows: int, width: int, block_tokens: int) -> None:
     """Rows in slots of any order, the last two padding; tables longer than a program copies at a time count too."""
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,12 @@ def test_checksums_and_copies(device, dtype, shape):
     checks.check_blocks(device, dtype, shape, 3)
 
 
+@pytest.mark.parametrize(("step_words", "row_words"), [(64, 65), (65, 64), (1024, 8200), (3, 33)])
+def test_checksums_of_rows(device, step_words, row_words):
+    """Guards against rows at the distance of their size, where padding or scales put them elsewhere."""
+    checks.check_rows(device, step_words, row_words)
+
+
 def test_odd_sizes_are_refused(device):
     """Guards against a block whose last bytes no word holds."""
     pool = torch.zeros(3, 3, dtype=torch.bfloat16, device=device)
