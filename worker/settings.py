@@ -109,6 +109,10 @@ class WorkerSettings(EngineSettings):
         help="on a GPU: room in each slot of --max-loras for an embedding, a head and norms in place of the model's; "
         "on a CPU adapters may always have them",
     )
+    lora_dora: bool = option(
+        False,
+        help="on a GPU: room in each slot of --max-loras for magnitudes (DoRA); on a CPU adapters may always have them",
+    )
     max_cpu_loras: int = option(
         128,
         unit="adapters",

@@ -7,7 +7,8 @@ W is [N, K] as in the checkpoint, x [M, K]. Two kernels; `linear_policy` says wh
   * One row: W streams through registers.
 fused: W is [gate; up], [2 N, K], and y = silu(gate) * up (or gelu_tanh), so that the wide product never reaches memory.
 added: [M, N] that the first split adds to some rows, such as what adapters add (`low_rank`). The kernel waits for it
-alone, and behind the sum: all else that it reads must be there when it begins.
+alone, and behind the sum: all else that it reads must be there when it begins. Where added has scales, each split of a
+row is multiplied by those of its adapter, before anything is added to it.
 K is summed in steps of 16 in one order whatever the tiles, so with one number of splits a row's bits are the same for
 every M (checked on an H200). With pdl the first columns of W are asked for before the kernel before has ended: weights
 do not depend on it. Bytes: W, N * K * element size (twice that when fused).
@@ -41,10 +42,10 @@ def prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_rows_kernel(
-    x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, num_rows, N: tl.constexpr,
-    K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, SPLITS: tl.constexpr,
-    FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr, ADDED: tl.constexpr,
-    PDL: tl.constexpr,
+    x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, scales_ptr, scales_stride, num_rows,
+    N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr,
+    SPLITS: tl.constexpr, FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr,
+    ADDED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0) * TILE_M
     first_n = tl.program_id(1) * TILE_N
@@ -74,9 +75,15 @@ def _linear_rows_kernel(
         for k in tl.range(first_k, first_k + K // SPLITS, TILE_K):
             x = x_desc.load([first_m, k])
             total = tl.dot(weight_desc.load([first_n, k]), x.T, total, input_precision="ieee")
-        if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
-            if split == 0:
-                total += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    if SCALED:
+        slot = tl.load(adapters_ptr + m, mask=m < num_rows, other=-1)[None, :]
+        scale_place = scales_ptr + slot.to(tl.int64) * scales_stride + n[:, None]
+        total *= tl.load(scale_place, mask=slot >= 0, other=1.0)
+        if FUSED:
+            up *= tl.load(scale_place + N, mask=slot >= 0, other=1.0)
+    if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
+        if split == 0:
+            total += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     if ADDED:
         if PDL:
             gdc_wait()
@@ -115,9 +122,9 @@ def row_product(x_ptr, place, up_place, weight, up_weight, K: tl.constexpr, TILE
 
 @triton.jit
 def _linear_row_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, N: tl.constexpr, K: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-    ADDED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, added_ptr, adapters_ptr, scales_ptr, scales_stride, N: tl.constexpr,
+    K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, FUSED: tl.constexpr, GELU: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     column = tl.arange(0, TILE_K)
@@ -126,12 +133,18 @@ def _linear_row_kernel(
     up_place = place + N * K if FUSED else place
     up_weight = tl.load(up_place, eviction_policy="evict_first") if FUSED else weight
     if ADDED:
-        adds = tl.load(adapters_ptr) >= 0
+        slot = tl.load(adapters_ptr)
+        adds = slot >= 0
     if PDL:
         gdc_launch_dependents()
         if not ADDED:
             gdc_wait()
     result, other = row_product(x_ptr, place, up_place, weight, up_weight, K, TILE_K, FUSED)
+    if SCALED:
+        scale_place = scales_ptr + slot.to(tl.int64) * scales_stride + n
+        result *= tl.load(scale_place, mask=(n >= 0) & adds, other=1.0)
+        if FUSED:
+            other *= tl.load(scale_place + N, mask=(n >= 0) & adds, other=1.0)
     if ADDED:
         if PDL:
             gdc_wait()
@@ -177,21 +190,26 @@ def linear(
         return
     sums = weight if bias is None else bias
     values, adapters = (x, x) if added is None else (added.values, added.adapters)
+    scaled = added is not None and added.scales is not None
+    scales = values if added is None or added.scales is None else added.scales
+    stride = scales.stride(0) if scaled else 0
     if added is not None:
         require(tuple(values.shape) == (num_rows, len(weight)) and values.is_contiguous(), "added of another shape")
         require(tuple(adapters.shape) == (num_rows,), "added of other rows")
+        require(not scaled or (scales.shape[1] == len(weight) and scales.stride(1) == 1), "scales of another shape")
     if tiles.tile_m == 0:
         require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
         _linear_row_kernel[(n // tiles.tile_n,)](
-            x, weight, sums, out, values, adapters, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused,
-            GELU=gelu, BIAS=bias is not None, ADDED=added is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
+            x, weight, sums, out, values, adapters, scales, stride, N=n, K=k, TILE_N=tiles.tile_n,
+            TILE_K=tiles.tile_k, FUSED=fused, GELU=gelu, BIAS=bias is not None, ADDED=added is not None,
+            SCALED=scaled, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
     _linear_rows_kernel[(cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
         TensorDescriptor.from_tensor(x, [tiles.tile_m, tiles.tile_k]),
         TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
-        weight, sums, out, values, adapters, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
-        TILE_M=tiles.tile_m, SPLITS=tiles.splits, FUSED=fused, GELU=gelu, BIAS=bias is not None,
-        PREFETCH=tiles.prefetch, ADDED=added is not None, PDL=pdl,
+        weight, sums, out, values, adapters, scales, stride, num_rows, N=n, K=k, TILE_N=tiles.tile_n,
+        TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, SPLITS=tiles.splits, FUSED=fused, GELU=gelu, BIAS=bias is not None,
+        PREFETCH=tiles.prefetch, ADDED=added is not None, SCALED=scaled, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

@@ -60,6 +60,8 @@ class BankSite(NamedTuple):
     inputs: int
     ends: tuple[int, ...]
     """Where the outputs of each part end; the last is N."""
+    first_output: int = 0
+    """Among the outputs of all products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,13 @@ class AdapterBank:
     numbers: torch.Tensor  # [S, elements of a slot]
     ranks: torch.Tensor  # int32 [S, sites]; 0: the adapter leaves the product alone
     max_rank: int
+    scales: torch.Tensor | None = None  # float32 [S, outputs of all products], of W x; None: adapters scale none
+
+    def scales_of(self, site: BankSite) -> torch.Tensor | None:
+        """Of one product, float32 [S, N]."""
+        if self.scales is None:
+            return None
+        return self.scales[:, site.first_output : site.first_output + site.ends[-1]]
 
     def rank_width(self, site: BankSite) -> int:
         """Numbers of t of a row."""
@@ -81,6 +90,7 @@ class AddedRows:
 
     values: torch.Tensor  # [M, N]
     adapters: torch.Tensor  # int32 [M]: below 0, the row's values are not defined and nothing is added
+    scales: torch.Tensor | None = None  # float32 [S, N], by adapters: of the row's product alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,7 @@ class AddedProduct:
         shape = len(self.rows.adapters), self.site.ends[-1]
         values = self.memory[: shape[0] * shape[1]].view(shape)
         expand(self, values, add=False, pdl=pdl)
-        return AddedRows(values, self.rows.adapters)
+        return AddedRows(values, self.rows.adapters, self.bank.scales_of(self.site))
 
 
 def splits_of(num_inputs: int, num_rows: int, *, deterministic: bool) -> int:

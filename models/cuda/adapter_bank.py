@@ -47,6 +47,8 @@ class BankLayout:
     """Elements of a slot for each unit of rank, but those of `vocabulary`, which lie behind."""
     unit_size: int
     """Elements of a slot for each unit of rank."""
+    num_outputs: int
+    """Of all products."""
     cpu_modules: Mapping[str, tuple[int, str]]
     """Modules that slots have no room for: layer and product of each, by name."""
 
@@ -54,7 +56,7 @@ class BankLayout:
     def of(cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False) -> BankLayout:
         """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head.
         SettingsError for products that the kernels do not take."""
-        layers, end, count = [], 0, 0
+        layers, end, count, outputs = [], 0, 0, 0
         for shape in describe(config, rank):
             sites = {}
             for name, product in layer_products(shape, config.hidden_size).items():
@@ -64,9 +66,10 @@ class BankLayout:
                         f"--max-loras: on a GPU the sizes of adapted products must be multiples of {RANK_STEP}, "
                         f"those of {name} are {k} and {list(product.outputs)}"
                     )
-                sites[name] = BankSite(count, end, end + len(ends) * k, k, ends)
+                sites[name] = BankSite(count, end, end + len(ends) * k, k, ends, outputs)
                 end += len(ends) * k + ends[-1]
                 count += 1
+                outputs += ends[-1]
             layers.append(sites)
         layers_size, hidden, vocab_sites = end, config.hidden_size, None
         if vocabulary:
@@ -77,10 +80,12 @@ class BankLayout:
             tokens, logits = config.vocab_size, len(rank.vocabulary(config.vocab_size))
             behind = end + tokens + hidden
             embedding = BankSite(count, end, end + tokens, tokens, (hidden,))
-            vocab_sites = VocabularySites(embedding, BankSite(count + 1, behind, behind + hidden, hidden, (logits,)))
+            head = BankSite(count + 1, behind, behind + hidden, hidden, (logits,), outputs)
+            vocab_sites = VocabularySites(embedding, head)
+            outputs += logits
             end = behind + hidden + logits
         without = {module: (place.layer, place.product) for module, place in cpu_modules(config).items()}
-        return cls(tuple(layers), vocab_sites, layers_size, end, without)
+        return cls(tuple(layers), vocab_sites, layers_size, end, outputs, without)
 
     @property
     def num_sites(self) -> int:
@@ -138,6 +143,8 @@ class BankShape:
     dtype: torch.dtype
     wholes: WholeShape | None = None
     """None: adapters bring no whole weights."""
+    magnitudes: bool = False
+    """Whether adapters scale what the model's own products make (DoRA)."""
 
     def __post_init__(self) -> None:
         """SettingsError for a rank for which products have no registers."""
@@ -148,7 +155,7 @@ class BankShape:
     def size_bytes(self) -> int:
         wholes = self.wholes
         integers = self.layout.num_sites + (0 if wholes is None else wholes.num_flags)
-        return self._numbers_bytes + self._wholes_bytes + self.num_slots * integers * torch.int32.itemsize
+        return self._scales_end + self.num_slots * integers * torch.int32.itemsize
 
     def bank(self, memory: torch.Tensor) -> AdapterBank:
         """In this memory, uint8 [size_bytes], which is zero where no slot was filled yet."""
@@ -156,29 +163,37 @@ class BankShape:
         while widest < self.max_rank:
             widest *= 2
         numbers, ranks = memory[: self._numbers_bytes], self._integers(memory)[: self._num_ranks]
-        shaped = numbers.view(self.dtype).view(self.num_slots, -1)
-        return AdapterBank(shaped, ranks.view(self.num_slots, -1), widest)
+        shaped, scales = numbers.view(self.dtype).view(self.num_slots, -1), None
+        if self.magnitudes:
+            scales = memory[self._wholes_end : self._scales_end].view(torch.float32).view(self.num_slots, -1)
+        return AdapterBank(shaped, ranks.view(self.num_slots, -1), widest, scales)
 
     def whole_weights(self, memory: torch.Tensor) -> WholeWeights | None:
         """In the same memory."""
         if (wholes := self.wholes) is None:
             return None
-        numbers = memory[self._numbers_bytes : self._numbers_bytes + self._wholes_bytes].view(self.dtype)
+        numbers = memory[self._numbers_bytes : self._wholes_end].view(self.dtype)
         flags = self._integers(memory)[self._num_ranks :].view(self.num_slots, -1)
         shaped = numbers.view(self.num_slots, -1)
         return WholeWeights(shaped, flags, wholes.vocab_size, wholes.head_rows, wholes.hidden_size)
 
     def _integers(self, memory: torch.Tensor) -> torch.Tensor:
         """Ranks of all slots, then flags of all."""
-        return memory[self._numbers_bytes + self._wholes_bytes : self.size_bytes].view(torch.int32)
+        return memory[self._scales_end : self.size_bytes].view(torch.int32)
 
     @property
     def _num_ranks(self) -> int:
         return self.num_slots * self.layout.num_sites
 
     @property
-    def _wholes_bytes(self) -> int:
-        return 0 if self.wholes is None else self.num_slots * self.wholes.size * self.dtype.itemsize
+    def _wholes_end(self) -> int:
+        size = 0 if self.wholes is None else self.wholes.size
+        return self._numbers_bytes + self.num_slots * size * self.dtype.itemsize
+
+    @property
+    def _scales_end(self) -> int:
+        count = self.layout.num_outputs if self.magnitudes else 0
+        return self._wholes_end + self.num_slots * count * torch.float32.itemsize
 
     @property
     def _numbers_bytes(self) -> int:
@@ -194,15 +209,18 @@ class BankImage:
         ranks: torch.Tensor,
         flags: torch.Tensor | None,
         wholes: Sequence[tuple[int, torch.Tensor]],
+        scales: torch.Tensor | None,
     ) -> None:
         self.numbers = numbers  # [elements in use]
         self.ranks = ranks  # int32 [sites]
         self.flags = flags  # int32 [flags]; None: slots have no room for whole weights
         self.wholes = wholes  # these, flat, and the first element of each
+        self.scales = scales  # float32 [outputs]; None: slots have no room for them
 
     @property
     def size_bytes(self) -> int:
-        return self.numbers.nbytes + self.ranks.nbytes + sum(whole.nbytes for _, whole in self.wholes)
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.numbers.nbytes + self.ranks.nbytes + scales + sum(whole.nbytes for _, whole in self.wholes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +248,12 @@ class BankSlots:
 
     @property
     def size_bytes(self) -> int:
-        return self.bank.numbers.nbytes + (0 if self.wholes is None else self.wholes.numbers.nbytes)
+        scales, wholes = self.bank.scales, self.wholes
+        return (
+            self.bank.numbers.nbytes
+            + (0 if wholes is None else wholes.numbers.nbytes)
+            + (0 if scales is None else scales.nbytes)
+        )
 
     def prepare(self, adapter: Adapter) -> BankImage:
         """As AdapterSlots says."""
@@ -245,8 +268,8 @@ class BankSlots:
                 "has an embedding, a head or norms of its own (modules_to_save), for which slots on a GPU have room "
                 "with --lora-modules-to-save"
             )
-        if any(pair.row_scale is not None for pair in adapter.pairs):
-            raise AdapterError("has magnitudes (DoRA), which only a CPU computes with")
+        if self.bank.scales is None and any(pair.row_scale is not None for pair in adapter.pairs):
+            raise AdapterError("has magnitudes (DoRA), for which slots on a GPU have room with --lora-dora")
         if experts := _expert_bytes(adapter, self.bank.numbers.dtype):
             raise AdapterError(
                 f"adapts routed experts, which only a CPU computes with: their pairs are {experts:,} bytes, a slot has "
@@ -286,7 +309,27 @@ class BankSlots:
         for each in (numbers, *(whole for _, whole in wholes)):
             if not torch.isfinite(each).all():  # they would reach other rows of a tile
                 raise AdapterError(f"has numbers that are not finite in {numbers.dtype}")
-        return BankImage(numbers, ranks, flags, wholes)
+        return BankImage(numbers, ranks, flags, wholes, self._scales_of(adapter))
+
+    def _scales_of(self, adapter: Adapter) -> torch.Tensor | None:
+        """1 where it scales nothing."""
+        if self.bank.scales is None:
+            return None
+        layout, scales = self._layout, self._copies.host_buffer(self._layout.num_outputs).view(torch.float32)
+        scales.fill_(1.0)
+        scaled = [
+            (site, layer.product(name))
+            for sites, layer in zip(layout.sites, adapter.layers, strict=True)
+            for name, site in sites.items()
+        ]
+        if layout.vocabulary is not None:
+            scaled.append((layout.vocabulary.head, adapter.lm_head))
+        for site, parts in scaled:
+            own = scales[site.first_output : site.first_output + site.ends[-1]]
+            for part, of_part in zip(parts, _cut(own, site.ends), strict=False):
+                if part is not None and part.row_scale is not None:
+                    of_part.copy_(part.row_scale)
+        return scales
 
     def _wholes_of(self, adapter: Adapter) -> tuple[torch.Tensor | None, list[tuple[int, torch.Tensor]]]:
         """Flags, and the weights in memory of the host that is copied without waiting."""
@@ -311,6 +354,8 @@ class BankSlots:
             for first, whole in adapter.wholes:
                 target = self.wholes.numbers[slot, first : first + len(whole)]
                 self._copies.enqueue(partial(copy_async, target, whole))
+        if self.bank.scales is not None and adapter.scales is not None:
+            self._copies.enqueue(partial(copy_async, self.bank.scales[slot], adapter.scales))
         return BankFill(self._copies.mark())
 
     def _host_memory(self, count: int) -> torch.Tensor:

@@ -20,11 +20,11 @@ from baton.kernels.triton.low_rank import (
     SPLIT_ROWS,
     AddedProduct,
     BankSite,
-    expand,
     is_ahead,
     shrink,
     splits_of,
 )
+from baton.kernels.triton.row_scales import add_in_place
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
@@ -139,7 +139,7 @@ class AdapterSteps:
             head_own(normed, rows.adapters, self._slots.wholes, logits)
         if (sites := self._layout.vocabulary) is not None:
             added = self._shrink(sites.head, normed, rows, beside=False, pdl=False)
-            expand(added, logits, few_programs=HEAD_ITEMS)
+            add_in_place(added, logits, None, few_programs=HEAD_ITEMS)
 
     def head_rows(self, rows: AdapterRows, drawn: torch.Tensor) -> AdapterRows | None:
         """For the head of some of the rows, by number, int32; None: no adapter changes it."""

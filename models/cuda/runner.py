@@ -146,7 +146,8 @@ class CudaRunner:
         layout, wholes = BankLayout.of(self.config, rank, vocabulary=limits.adapter_vocabulary), None
         if limits.adapter_wholes:
             wholes = WholeShape.of(self.config, rank)
-        shape = BankShape(layout, limits.adapter_slots, limits.max_rank, model.embedding.dtype, wholes)
+        dtype, magnitudes = model.embedding.dtype, limits.adapter_magnitudes
+        shape = BankShape(layout, limits.adapter_slots, limits.max_rank, dtype, wholes, magnitudes)
         self.adapters = slots = BankSlots(shape, self.queue.beside(), memory)
         return AdapterSteps(
             self.queue,

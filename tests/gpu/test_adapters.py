@@ -24,7 +24,7 @@ from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary
+from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_magnitudes, with_vocabulary
 
 pytestmark = pytest.mark.gpu
 
@@ -84,9 +84,15 @@ def test_what_is_added_to_embeddings_and_logits(rows, max_rank):
         checks.check_expand(GPU, BF16, rows, RANKS[max_rank], max_rank, 4096, (vocab,))
 
 
-@pytest.mark.parametrize("max_rank", [16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_products_in_memory_are_scaled(rows):
+    for dtype, splits in ((BF16, 1), (BF16, 4), (torch.float32, 1)):
+        checks.check_add_in_place(GPU, dtype, rows, RANKS[64], 64, 4096, QKV_ENDS, splits, pdl=True)
+
+
+@pytest.mark.parametrize(("max_rank", "scaled"), [(16, False), (64, False), (16, True)])
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
-def test_products_that_add(rows, max_rank):
+def test_products_that_add(rows, max_rank, scaled):
     """Guards the tables' tiles, alone and in a chain of early launches, and bits that no neighbour changes."""
     for policy in (FASTEST, INVARIANT):
         tiles = policy[min(size for size in policy if rows <= size)]
@@ -96,7 +102,7 @@ def test_products_that_add(rows, max_rank):
             (GATE_UP_8B, (14336, 28672), True),
         ):
             checks.check_linear_added(
-                GPU, BF16, rows, RANKS[max_rank], max_rank, tiles[shape], ends, k=4096, fused=fused, pdl=True
+                GPU, BF16, rows, RANKS[max_rank], max_rank, tiles[shape], ends, 4096, fused, scaled, pdl=True
             )
 
 
@@ -141,7 +147,7 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(rows)
 
 class Mixed:
     """A runner of the demo model, or of a folder's, with three adapters in four slots; the first and the third have
-    pairs of the vocabulary, where slots have room for them."""
+    pairs of the vocabulary, and magnitudes, where slots have room for them."""
 
     def __init__(self, dtype: torch.dtype, max_rows: int, folder: Path | None = None, **limits) -> None:
         self.folder, self.most_drafts = folder or locate_model("demo"), limits.get("most_drafts", 0)
@@ -156,6 +162,9 @@ class Mixed:
         if limits.get("adapter_vocabulary"):
             first, second, third = self.adapters
             self.adapters = [with_vocabulary(first, self.config), second, with_vocabulary(third, self.config)]
+        if limits.get("adapter_magnitudes"):
+            first, second, third = self.adapters
+            self.adapters = [with_magnitudes(first, self.config), second, with_magnitudes(third, self.config)]
         for slot in range(len(self.adapters)):
             self.fill(slot, slot)
         config = self.config
@@ -201,6 +210,7 @@ class Mixed:
         (300, {"most_drafts": 4}),
         (100, {"adapter_vocabulary": True}),
         (300, {"adapter_vocabulary": True, "most_drafts": 4}),
+        (100, {"adapter_magnitudes": True, "adapter_vocabulary": True}),
     ],
 )
 def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
@@ -225,12 +235,14 @@ def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family):
     mixed.check(made, named, mixed.generate(made, named, 12, 100))
 
 
-@pytest.mark.parametrize("vocabulary", [False, True])
-def test_deterministic_tokens_do_not_depend_on_the_batch(vocabulary):
+@pytest.mark.parametrize(
+    "limits", [{}, {"adapter_vocabulary": True}, {"adapter_vocabulary": True, "adapter_magnitudes": True}]
+)
+def test_deterministic_tokens_do_not_depend_on_the_batch(limits):
     """Guards --deterministic with adapters: each sequence alone, in other chunks, with other neighbours, and without
     slots at all where it has no adapter."""
     made, chance = prompts(40, longest=590), random.Random(2)
-    mixed = Mixed(BF16, 40, deterministic=True, adapter_vocabulary=vocabulary)
+    mixed = Mixed(BF16, 40, deterministic=True, **limits)
     named = {slot: chance.randrange(3) for slot in range(40) if slot % 5}
     together = mixed.generate(made, named, 24, 96, temperature=0.8)
     assert together == mixed.generate(made, named, 24, 256, temperature=0.8)
@@ -245,10 +257,10 @@ def test_deterministic_tokens_do_not_depend_on_the_batch(vocabulary):
             assert run.generated(slot)[:24] == together[slot], slot
 
 
-@pytest.mark.parametrize("vocabulary", [False, True])
-def test_slots_are_filled_beside_steps(vocabulary):
+@pytest.mark.parametrize("limits", [{}, {"adapter_vocabulary": True}, {"adapter_magnitudes": True}])
+def test_slots_are_filled_beside_steps(limits):
     """Guards against a fill that steps of other slots see, one that a step waits for, and pairs that a slot had."""
-    mixed, made = Mixed(BF16, 8, deterministic=True, adapter_vocabulary=vocabulary), prompts(6)
+    mixed, made = Mixed(BF16, 8, deterministic=True, **limits), prompts(6)
     named = {slot: slot % 3 for slot in range(6)}
     expected = mixed.generate(made, named, 40, 100)
     images = [mixed.runner.adapters.prepare(adapter) for adapter in mixed.adapters]

@@ -114,6 +114,7 @@ class DeviceRank:
             max_rank=start.model.max_lora_rank,
             adapter_vocabulary=start.model.lora_vocabulary,
             adapter_wholes=start.model.lora_modules_to_save,
+            adapter_magnitudes=start.model.lora_dora,
         )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
@@ -170,7 +171,7 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
         return None
     wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
     layout = BankLayout.of(config, rank, vocabulary=part.lora_vocabulary)
-    return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes)
+    return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, part.lora_dora)
 
 
 def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:

@@ -15,7 +15,8 @@ from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_policy import ProductShape
-from baton.kernels.triton.low_rank import AddedProduct, expand
+from baton.kernels.triton.low_rank import AddedProduct
+from baton.kernels.triton.row_scales import add_in_place
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, shape_of
 from baton.node.errors import InvariantBroken
 
@@ -56,7 +57,7 @@ class DenseProducts:
             if apart is not None:
                 return out
         if added is not None:
-            expand(added, out, pdl=pdl and tiles is not None)
+            add_in_place(added, out, weights.bias, pdl=pdl and tiles is not None)
         return out
 
     def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
@@ -94,7 +95,7 @@ class DenseProducts:
         wide = self.wide(m, 2 * shape.outputs)
         self.whole(gate_up, x, wide, pdl=pdl)
         if added is not None:
-            expand(added, wide, pdl=pdl)
+            add_in_place(added, wide, gate_up.bias, pdl=pdl)
         silu_and_mul(wide, out, pdl=pdl)
 
     def wide(self, num_rows: int, width: int) -> torch.Tensor:

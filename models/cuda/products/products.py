@@ -12,8 +12,9 @@ from baton.kernels.triton import int4_policy
 from baton.kernels.triton.activation import gelu_tanh_and_mul, silu_and_mul
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.linear_policy import ProductShape
-from baton.kernels.triton.low_rank import AddedProduct, expand
+from baton.kernels.triton.low_rank import AddedProduct
 from baton.kernels.triton.quantise import CodedRows
+from baton.kernels.triton.row_scales import add_in_place
 from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
 from baton.models.cuda.products.grouped import GroupedProducts
@@ -77,7 +78,7 @@ class Products:
             return self._dense(weights, plain(x), out, added, pdl=pdl)
         found = self._alone(weights, x, out, pdl)
         if added is not None:
-            expand(added, found, pdl=pdl)
+            add_in_place(added, found, weights.bias, pdl=pdl)
         return found
 
     def _alone(self, weights: Linear, x: Rows, out: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -110,7 +111,7 @@ class Products:
         if added is not None:
             wide = self._dense.wide(len(out), gate_up.num_outputs)
             self.whole(gate_up, x, wide, pdl=pdl)
-            expand(added, wide, pdl=pdl)
+            add_in_place(added, wide, gate_up.bias, pdl=pdl)
             silu_and_mul(wide, out, pdl=pdl)
             return out
         if (products := self._scaled.get(gate_up.weight_format)) is not None:
@@ -137,7 +138,7 @@ class Products:
             return out
         self.whole(gate_up, x, wide, pdl=pdl)
         if added is not None:
-            expand(added, wide, pdl=pdl)
+            add_in_place(added, wide, gate_up.bias, pdl=pdl)
         gated = out if codes is None else codes
         gelu_tanh_and_mul(wide, gated, pdl=pdl)
         return gated

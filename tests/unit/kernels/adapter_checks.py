@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels import reference
-from baton.kernels.triton import adapter_rows, embedding_pairs, linear, linear_policy, low_rank, whole_weights
+from baton.kernels.triton import (
+    adapter_rows,
+    embedding_pairs,
+    linear,
+    linear_policy,
+    low_rank,
+    row_scales,
+    whole_weights,
+)
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -28,13 +36,30 @@ class Adapters:
     """By slot and part, float64 [rank, K]."""
     b: list[list[torch.Tensor]]
 
+    def of_rows(self, adapters: torch.Tensor) -> torch.Tensor:
+        """float64 [M, N]: what the product of each row is multiplied by."""
+        scales = self.bank.scales_of(self.site)
+        if scales is None:
+            return torch.ones(len(adapters), self.site.ends[-1], dtype=torch.float64, device=adapters.device)
+        return torch.where((adapters >= 0)[:, None], scales[adapters.clamp(min=0).long()].double(), 1.0)
+
     @classmethod
     def make(
-        cls, ranks: list[int], max_rank: int, k: int, ends: tuple[int, ...], dtype: torch.dtype, device: str
+        cls,
+        ranks: list[int],
+        max_rank: int,
+        k: int,
+        ends: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        scaled: bool = False,
     ) -> Adapters:
-        """ranks: by slot; 0: the adapter leaves the product alone."""
+        """ranks: by slot; 0: the adapter leaves the product alone. scaled: adapters scale the product, too."""
         a_size, b_size = len(ends) * k, ends[-1]
-        site = BankSite(1, 32, 32 + a_size, k, ends)
+        site, scales = BankSite(1, 32, 32 + a_size, k, ends, 48), None
+        if scaled:
+            scales = poison((len(ranks), 64 + b_size), torch.float32, device)
+            scales[:, 48 : 48 + b_size] = 1 + randn((len(ranks), b_size), torch.float32, device, 90) / 4
         numbers = poison((len(ranks), max_rank * (32 + a_size + b_size)), dtype, device)
         of_sites = torch.zeros(len(ranks), SITES, dtype=torch.int32, device=device)
         of_sites[:, 1] = torch.tensor(ranks, device=device)
@@ -47,7 +72,7 @@ class Adapters:
             numbers[slot, rank * site.b_offset :][: up.numel()] = up.flatten()
             a.append(list(down.double().split(rank)) if rank else [down.double()] * len(ends))
             b.append(list(up.double().split(sizes)))
-        return cls(AdapterBank(numbers, of_sites, max_rank), site, a, b)
+        return cls(AdapterBank(numbers, of_sites, max_rank, scales), site, a, b)
 
     def delta(self, x: torch.Tensor, adapters: torch.Tensor) -> torch.Tensor:
         """float64 [M, N]"""
@@ -173,22 +198,26 @@ def check_linear_added(
     ends: tuple[int, ...],
     k: int = 256,
     fused: bool = False,
+    scaled: bool = False,
     pdl: bool = False,
 ) -> None:
     """Rows without an adapter have the bits of the product alone, and each row those that it has with others."""
-    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
+    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device, scaled)
     n = ends[-1] // 2 if fused else ends[-1]
     x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
     weight = (randn((ends[-1], k), torch.float32, device, 1) / k**0.5).to(dtype)
-    exact = F.linear(x.double(), weight.double()) + adapters.delta(x, of_rows)
+    bias = None if fused else randn((n,), dtype, device, 2)
+    exact = adapters.of_rows(of_rows) * F.linear(x.double(), weight.double()) + adapters.delta(x, of_rows)
+    if bias is not None:
+        exact += bias.double()
     if fused:
         gate, up = exact.chunk(2, -1)
         exact = F.silu(gate) * up
     shape, kind = ((rows, n), dtype) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
     out, alone = poison(shape, kind, device), poison(shape, kind, device)
     added = added_to(adapters, x, of_rows, beside=True, pdl=pdl).apart(pdl=pdl)
-    linear.linear(x, weight, None, tiles, out, fused=fused, added=added, pdl=pdl)
-    linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
+    linear.linear(x, weight, bias, tiles, out, fused=fused, added=added, pdl=pdl)
+    linear.linear(x, weight, bias, tiles, alone, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
     bound = 4 * max(error(exact.to(dtype), exact), 1e-5)  # of dtype is what lies between the two halves, too
     assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"
@@ -201,13 +230,41 @@ def check_linear_added(
         linear.linear(
             some,
             weight,
-            None,
+            bias,
             tiles,
             fewer,
             fused=fused,
             added=added_to(adapters, some, of_rows[kept]).apart(pdl=False),
         )
         assert torch.equal(fewer, out[..., kept, :])
+
+
+def check_add_in_place(
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    ranks: list[int],
+    max_rank: int,
+    k: int,
+    ends: tuple[int, ...],
+    splits: int = 1,
+    pdl: bool = False,
+) -> None:
+    """To products with a bias, which are scaled, in parts that float32 holds; as check_expand."""
+    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device, scaled=True)
+    x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
+    bias, shape = randn((ends[-1],), dtype, device, 2), (rows, ends[-1])
+    before = randn(shape, dtype, device, 3) if splits == 1 else randn((splits, *shape), torch.float32, device, 3)
+    out = before.clone()
+    row_scales.add_in_place(added_to(adapters, x, of_rows, pdl=pdl), out, bias, pdl=pdl)
+    whole, found = (before, out) if splits == 1 else (before.double().sum(0), out.double().sum(0))
+    exact = (whole.double() - bias.double()) * adapters.of_rows(of_rows) + bias.double() + adapters.delta(x, of_rows)
+    assert error(found, exact) <= 6 * max(error(exact.to(dtype), exact), 1e-6)
+    assert torch.equal(out[..., of_rows < 0, :], before[..., of_rows < 0, :])
+    last = slice(rows - 1, rows)
+    alone = before[..., last, :].clone()
+    row_scales.add_in_place(added_to(adapters, x[last], of_rows[last]), alone, bias)
+    assert torch.equal(alone, out[..., last, :])
 
 
 def check_whole_weights(device: str, dtype: torch.dtype, rows: int, num_slots: int, hidden: int, vocab: int) -> None:

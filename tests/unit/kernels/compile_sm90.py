@@ -643,18 +643,21 @@ def adapted(rows: int, max_rank: int, k: int, ends: tuple[int, ...], beside: boo
         added.apart(pdl=True)
 
 
-def adapted_linears(rows: int) -> None:
-    """The products of qkv and of gate and up with what adapters add to them."""
-    from baton.kernels.triton import linear, linear_policy, low_rank
+def adapted_linears(rows: int, scaled: bool = False) -> None:
+    """The products of qkv and of gate and up with what adapters add to them; scaled: by magnitudes."""
+    from baton.kernels.triton import linear, linear_policy, low_rank, row_scales
 
     for shape, outputs in ((linear_policy.QKV_8B, 6144), (linear_policy.GATE_UP_8B, 28672)):
         tiles = linear_policy.fastest(rows, shape)
-        added = low_rank.AddedRows(empty(rows, outputs), empty(rows, dtype=torch.int32))
+        scales, of_rows = empty(32, 1 << 17, dtype=torch.float32)[:, 4096:][:, :outputs], empty(rows, dtype=torch.int32)
+        added = low_rank.AddedRows(empty(rows, outputs), of_rows, scales if scaled else None)
         out = empty(rows, shape.outputs)
         if tiles.splits > 1:
             out = empty(tiles.splits, rows, shape.outputs, dtype=torch.float32)
         weight = empty(outputs, 4096)
         linear.linear(empty(rows, 4096), weight, None, tiles, out, fused=shape.fused, added=added, pdl=True)
+        if scaled:
+            row_scales.scale_rows(out, of_rows, scales[:, : shape.outputs], None, pdl=True)
 
 
 def whole_weights_of_adapters() -> None:
@@ -777,6 +780,9 @@ CASES: dict[str, Callable[[], None]] = {
     "adapted_linear_16": lambda: adapted_linears(16),
     "adapted_linear_32": lambda: adapted_linears(32),
     "adapted_linear_64": lambda: adapted_linears(64),
+    "scaled_linear_1": lambda: adapted_linears(1, scaled=True),
+    "scaled_linear_16": lambda: adapted_linears(16, scaled=True),
+    "scaled_linear_64": lambda: adapted_linears(64, scaled=True),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

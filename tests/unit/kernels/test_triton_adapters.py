@@ -55,6 +55,7 @@ def test_what_is_added_to_embeddings(device, dtype, rows):
     checks.check_embed(device, dtype, rows, [16, 0, 32], 32, 75, 48)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tiles", "rows"),
     [
@@ -63,15 +64,25 @@ def test_what_is_added_to_embeddings(device, dtype, rows):
         (torch.bfloat16, Tiles(8, 64, 0, 1, 1), 1),
     ],
 )
-def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows):
-    """Guards against a split that adds it again, and rows whose bits depend on their neighbours."""
-    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128)
+def test_a_product_adds_what_adapters_add(device, dtype, tiles, rows, scaled):
+    """Guards against a split that adds it again or is not scaled, a bias that is scaled, and rows whose bits depend on
+    their neighbours."""
+    checks.check_linear_added(device, dtype, rows, [32, 16, 0], 32, tiles, (64, 96, 128), k=128, scaled=scaled)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("tiles", "rows"), [(Tiles(32, 64, 16, 3, 1), 9), (Tiles(8, 64, 0, 1, 1), 1)])
-def test_a_product_of_gate_and_up(device, tiles, rows):
-    """Guards against gate's matrices for up, and what is added behind the activation."""
-    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, (64, 128), k=128, fused=True)
+def test_a_product_of_gate_and_up(device, tiles, rows, scaled):
+    """Guards against gate's matrices or scales for up, and what is added behind the activation."""
+    ends = (64, 128)
+    checks.check_linear_added(device, torch.bfloat16, rows, [16, 32], 32, tiles, ends, k=128, fused=True, scaled=scaled)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "splits"), [(torch.float32, 20, 3), (torch.bfloat16, 1, 1)])
+def test_products_in_memory_are_scaled(device, dtype, rows, splits):
+    """Guards against a part that is left as it was, a bias that is scaled, scales of another product or adapter, and a
+    row past the last block."""
+    checks.check_add_in_place(device, dtype, rows, [16, 0, 32], 32, 128, (64, 1040, 1072), splits)
 
 
 def test_what_is_not_made_beside_is_not_added_late(device):

@@ -60,8 +60,21 @@ def with_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
     return replace(adapter, embedding=pair(3, vocab_size, hidden, 0.3), lm_head=(head,))
 
 
+def with_magnitudes(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """Whose pairs scale the model's own products, as DoRA does."""
+    generator = torch.Generator().manual_seed(10)
+
+    def scaled(part: LowRank | None) -> LowRank | None:
+        return part and part._replace(row_scale=0.5 + torch.rand(len(part.b), generator=generator))
+
+    layers = [
+        LayerAdapter(**{name: tuple(map(scaled, layer.product(name))) for name in PRODUCTS}) for layer in adapter.layers
+    ]
+    return replace(adapter, layers=tuple(layers), lm_head=tuple(map(scaled, adapter.lm_head)))
+
+
 def merged(weights: Weights, adapter: Adapter) -> Weights:
-    """Plain weights with W + b a in the place of W, and those that the adapter has in their place."""
+    """Plain weights with c W + b a in the place of W, and those that the adapter has in their place."""
     layers, norms = [], adapter.norms
     for number, (layer, changes) in enumerate(zip(weights.layers, adapter.layers, strict=True)):
         attention, mlp = layer.attention, layer.mlp
@@ -107,7 +120,10 @@ def _with(linear: Linear, parts: Parts) -> Linear:
     for part in parts:
         size = rest if part is None else len(part.b)
         if part is not None:
-            weight[begin : begin + size] += part.b @ part.a
+            own = slice(begin, begin + size)
+            if part.row_scale is not None:
+                weight[own] *= part.row_scale[:, None]
+            weight[own] += part.b @ part.a
         begin += size
     return DenseLinear(weight, linear.bias)
 

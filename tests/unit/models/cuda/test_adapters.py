@@ -27,7 +27,13 @@ from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import LATENT
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary, with_wholes
+from baton.tests.unit.models.cuda.merged import (
+    merged_runner,
+    random_adapter,
+    with_magnitudes,
+    with_vocabulary,
+    with_wholes,
+)
 
 BLOCK = 16
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
@@ -39,8 +45,15 @@ DRAW = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
 Edit = Callable[[Adapter, ModelConfig], Adapter]
 
 
+MAGNITUDES = {"adapter_magnitudes": True}
+
+
 def unchanged(adapter: Adapter, config: ModelConfig) -> Adapter:
     return adapter
+
+
+def with_scaled_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
+    return with_magnitudes(with_vocabulary(adapter, config), config)
 
 
 class Served:
@@ -117,10 +130,20 @@ def one_row_apart(num_rows: int, shape: ProductShape) -> Tiles:
     return Tiles(8, 16, 0, 1, 1) if num_rows == 1 else in_two(num_rows, shape)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, family):
-    """Guards what the product of a single row adds, also to gate and up of either activation."""
-    served = Served(make_model(family, num_hidden_layers=1, vocab_size=160).folder, one_row_apart, mixed_tokens=4)
+@pytest.mark.parametrize(
+    ("family", "edit", "limits"),
+    [
+        ("llama", unchanged, {}),
+        ("gemma2", unchanged, {}),
+        ("qwen2", with_magnitudes, MAGNITUDES),
+        ("gemma2", with_magnitudes, MAGNITUDES),
+    ],
+)
+def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, family, edit, limits):
+    """Guards what the product of a single row adds, also to gate and up of either activation, and magnitudes of
+    products with a bias and without."""
+    folder = make_model(family, num_hidden_layers=1, vocab_size=160).folder
+    served = Served(folder, one_row_apart, edit, mixed_tokens=4, **limits)
     served.check_logits()
     for slot in (0, 2):
         run = Ahead(served.late)
@@ -165,12 +188,14 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
     [
         ("llama", 176, with_wholes, {"adapter_wholes": True}),
         ("gemma2", 163, with_vocabulary, {"adapter_vocabulary": True}),
+        ("qwen2", 163, with_scaled_vocabulary, {"adapter_vocabulary": True, **MAGNITUDES}),
     ],
 )
 def test_what_adapters_change_of_the_vocabulary(make_model, family, vocab_size, edit, limits):
     """Guards against rows of another slot's tables or of another token, norms of another number, logits of a model's
-    head, flags and ranks of the adapter that a slot had before, pairs behind a scale of embeddings, behind a cap of
-    logits or over the end of a vocabulary: in captured steps, parts of prompts, both in one pass, and scored prompts.
+    head, flags, ranks and magnitudes of the adapter that a slot had before, pairs behind a scale of embeddings, behind
+    a cap of logits or over the end of a vocabulary: in captured steps, parts of prompts, both in one pass, and scored
+    prompts.
     """
     folder = make_model(family, num_hidden_layers=2, vocab_size=vocab_size).folder
     served = Served(folder, fastest, edit=edit, mixed_tokens=4, **limits)
@@ -219,8 +244,8 @@ def test_rows_of_tokens(make_model):
 def test_deterministic_logits_do_not_depend_on_the_batch(make_model):
     """Guards against what an adapter changes of the vocabulary in other parts or another order beside other rows."""
     folder = make_model("llama", num_hidden_layers=1, vocab_size=176).folder
-    limits = {"deterministic": True, "adapter_vocabulary": True}
-    served = Served(folder, invariant, with_vocabulary, **limits)
+    limits = {"deterministic": True, "adapter_vocabulary": True, **MAGNITUDES}
+    served = Served(folder, invariant, with_scaled_vocabulary, **limits)
     rows = [Row(PROMPTS[slot], 0, TABLES[slot], DRAW, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
     together = served.late.logits(rows).clone()
     for index, row in enumerate(rows):
@@ -252,6 +277,8 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
             BankSlots(BankShape(of_cpus, 2, 32, torch.bfloat16), LateQueue()).prepare(
                 Adapter(b"", (LayerAdapter(**{product: (pair,)}),))
             )
+    with pytest.raises(AdapterError, match=r"magnitudes .* room with --lora-dora"):
+        prepare(Adapter(b"", (LayerAdapter(o=(pair._replace(row_scale=torch.ones(64)),)),)))
     with pytest.raises(AdapterError, match="room with --lora-modules-to-save"):
         prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):

@@ -19,7 +19,13 @@ from baton.testing.device_ranks import DeviceRanks
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_vocabulary, with_wholes
+from baton.tests.unit.models.cuda.merged import (
+    merged_runner,
+    random_adapter,
+    with_magnitudes,
+    with_vocabulary,
+    with_wholes,
+)
 from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
 from baton.tests.unit.models.eagle_folders import write_pair
 
@@ -94,7 +100,12 @@ def test_ranks_hold_the_same_drafts(make_model):
 
 
 @pytest.mark.parametrize(
-    ("edit", "limits"), [(with_wholes, {"adapter_wholes": True}), (with_vocabulary, {"adapter_vocabulary": True})]
+    ("edit", "limits"),
+    [
+        (with_wholes, {"adapter_wholes": True}),
+        (with_vocabulary, {"adapter_vocabulary": True}),
+        (with_magnitudes, {"adapter_magnitudes": True}),
+    ],
 )
 def test_ranks_compute_with_their_parts_of_an_adapter(make_model, edit, limits):
     """Guards against rows or columns of another rank's product, what an adapter adds to a sum twice, and another rank's

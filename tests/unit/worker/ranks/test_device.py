@@ -47,6 +47,7 @@ def start() -> RankStart:
         max_lora_rank=16,
         lora_vocabulary=True,
         lora_modules_to_save=True,
+        lora_dora=True,
     )
     memory = SharedBytes(0, 0, b"")
     return RankStart(

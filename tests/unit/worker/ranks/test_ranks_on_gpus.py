@@ -14,7 +14,7 @@ from baton.decode.settings import DecodeSettings
 from baton.models.cpu.runner import ModelRunner
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import random_adapter, with_wholes
+from baton.tests.unit.models.cuda.merged import random_adapter, with_magnitudes, with_wholes
 from baton.tests.unit.models.eagle_folders import write_pair
 from baton.tests.unit.worker.ranks.fake_gpus import FakeGpus, loaded
 
@@ -69,11 +69,17 @@ def test_ranks_with_adapters_and_quantised_weights(monkeypatch, tmp_path):
     folder, gpus = tmp_path / "model", FakeGpus({3: 30, 5: 24})
     write_pair(folder, tmp_path / "draft", num_layers=2, mlp_size=32)
     settings = settings_of(
-        folder, quantization="int4", speculate="ngram", max_loras=2, max_lora_rank=16, lora_modules_to_save=True
+        folder,
+        quantization="int4",
+        speculate="ngram",
+        max_loras=2,
+        max_lora_rank=16,
+        lora_modules_to_save=True,
+        lora_dora=True,
     )
     plain = ModelRunner.load(folder, quantization="int4", max_loras=2, max_lora_rank=16)
     plain.bind_pool(*kv_pool(plain, 24, BLOCK))
-    adapter = with_wholes(random_adapter(plain.config, [12, 5], 1), plain.config)
+    adapter = with_magnitudes(with_wholes(random_adapter(plain.config, [12, 5], 1), plain.config), plain.config)
     plain.adapters.fill(1, plain.adapters.prepare(adapter))
     with loaded(monkeypatch, gpus, settings, folder) as model:
         assert model.pool.num_blocks == 24
