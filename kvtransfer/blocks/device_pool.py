@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from baton.kvtransfer.blocks import cudart
-from baton.kvtransfer.blocks.checksum import WORD_BYTES
+from baton.kvtransfer.blocks.checksum import WORD_BYTES, digest_of_sums
 from baton.kvtransfer.blocks.digest import BlockDigests, UnitRows
 from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.runs import RowSpacing
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.node.errors import InvariantBroken, SettingsError
 
@@ -33,6 +34,7 @@ class DeviceMemory:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.num_units = num_units
+        self.rows = RowSpacing.even(block_bytes)
         self.payload_bytes = num_blocks * block_bytes
         self.device_index = device_index
         self.device_uuid = cudart.device_uuid(device_index)
@@ -80,6 +82,7 @@ class UnitMemory:
         self.num_blocks = memory.num_blocks * memory.num_units
         self.block_bytes = memory.block_bytes // memory.num_units
         self.num_units = 1
+        self.rows = RowSpacing.even(self.block_bytes)
         self.payload_bytes, self.nonce, self.handle = memory.payload_bytes, memory.nonce, memory.handle
         self.device_index, self.device_uuid = memory.device_index, memory.device_uuid
 
@@ -91,6 +94,22 @@ class UnitMemory:
     def data(self) -> torch.Tensor:
         """As DeviceMemory.data: uint8 [units, 1, unit_bytes]."""
         return self._memory.data.view(self.num_blocks, 1, -1)
+
+
+class LayerMemory:
+    """A DeviceMemory as one of layers, wherever padding lies: layer l of unit u of block b is block
+    (b * units + u) * layers + l here. Workers with stages exchange these."""
+
+    def __init__(self, memory: DeviceMemory, layout: KVLayout) -> None:
+        self._memory = memory
+        self.num_blocks = memory.num_blocks * layout.num_units * layout.num_layers
+        self.rows = RowSpacing(layout.layer_bytes, layout.num_layers, layout.unit_bytes)
+        self.payload_bytes, self.nonce, self.handle = memory.payload_bytes, memory.nonce, memory.handle
+        self.device_index, self.device_uuid = memory.device_index, memory.device_uuid
+
+    @property
+    def pointer(self) -> int:
+        return self._memory.pointer
 
 
 PoolMemory = DeviceMemory | UnitMemory
@@ -152,6 +171,10 @@ class DevicePool:
             rows = UnitRows(self.layout.num_layers, self.layout.layer_bytes)
             self._layer_digests = BlockDigests(self.memory.data, rows)
         return self._layer_digests.sums(blocks)
+
+    def layers_digest(self, blocks: Sequence[int]) -> bytes:
+        """Over these sums: see layer_digests.layer_digests."""
+        return digest_of_sums([self.layer_sums(blocks)])
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""

@@ -13,10 +13,11 @@ import numpy as np
 import xxhash
 
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
+from baton.kvtransfer.blocks.layer_digests import LayerPool, layer_digests
 from baton.kvtransfer.reshard import Cut
 
 
-class UnitPool(Protocol):
+class UnitPool(LayerPool, Protocol):
     """A rank's."""
 
     num_blocks: int
@@ -51,6 +52,10 @@ class RankPools:
             digests.append(xxhash.xxh3_128_digest(sums[begin:end]))
             begin = end
         return digests
+
+    def layers_digest(self, blocks: Sequence[int]) -> bytes:
+        """Of the same blocks, for planes by layer."""
+        return layer_digests(self._cut, self.pools, [blocks])[0]
 
     def close(self) -> None:
         for pool in self.pools:

@@ -1,10 +1,12 @@
-"""Which blocks of two pools lie together at both ends, so that they move as one piece. Pure."""
+"""Where the rows of two pools lie, and which lie together at both ends, so that they move as one piece. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 
 class BlockRun(NamedTuple):
@@ -15,15 +17,42 @@ class BlockRun(NamedTuple):
     length: int
 
 
+class RowSpacing(NamedTuple):
+    """Where the rows of a pool lie: `group_rows` without gaps are a group, and groups lie `group_bytes` apart. Blocks
+    are groups of one row; the layers of a unit, which may have padding behind them, are one group."""
+
+    row_bytes: int
+    group_rows: int
+    group_bytes: int
+
+    @classmethod
+    def even(cls, row_bytes: int) -> RowSpacing:
+        return cls(row_bytes, 1, row_bytes)
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.group_rows * self.row_bytes != self.group_bytes
+
+    def num_rows(self, size_bytes: int) -> int:
+        """Of a pool of so many bytes."""
+        return size_bytes // self.group_bytes * self.group_rows
+
+    def places(self, rows: Sequence[int]) -> list[int]:
+        """Bytes from the begin of the pool to each of these rows."""
+        group, row = np.divmod(np.array(rows, dtype=np.int64), self.group_rows)
+        return (group * self.group_bytes + row * self.row_bytes).tolist()
+
+
 def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[BlockRun]:
     """The fewest runs that move source[i] to target[i] for every i, in order; neighbours are `step` apart."""
-    pairs = list(zip(source, target, strict=True))
-    ends = [
-        place
-        for place, ((theirs, ours), after) in enumerate(pairwise(pairs), 1)
-        if after != (theirs + step, ours + step)
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} places become {len(target)}")
+    places = np.array([source, target], dtype=np.int64)  # [2, n]
+    apart = np.flatnonzero((np.diff(places) != step).any(axis=0)) + 1
+    bounds = [0, *apart.tolist(), len(source)]
+    return [
+        BlockRun(int(source[first]), int(target[first]), end - first) for first, end in pairwise(bounds) if end > first
     ]
-    return [BlockRun(*pairs[first], end - first) for first, end in pairwise([0, *ends, len(pairs)]) if end]
 
 
 class RunSeries(NamedTuple):

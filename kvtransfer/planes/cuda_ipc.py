@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from baton.kvtransfer.blocks.runs import BlockRun, common_runs
+from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing, common_runs
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.errors import PeerLost
@@ -27,8 +27,11 @@ from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
 
-_ADDRESS = re.compile(r"([0-9a-f]{128}):([1-9][0-9]{0,15}):([0-9a-f]{32}):([0-9a-f]{32})", re.ASCII)
-"""handle:bytes:nonce:device."""
+_ADDRESS = re.compile(
+    r"([0-9a-f]{128}):([1-9][0-9]{0,15}):([0-9a-f]{32}):([0-9a-f]{32})(?::([1-9][0-9]{0,5}):([1-9][0-9]{0,15}))?",
+    re.ASCII,
+)
+"""handle:bytes:nonce:device, and :rows:bytes of a group, where rows have gaps. Rows have one size at both ends."""
 
 
 class Exported(NamedTuple):
@@ -41,6 +44,7 @@ class Exported(NamedTuple):
     nonce: bytes
     device_uuid: str
     """32 hex digits."""
+    rows: RowSpacing
 
 
 class PullEngine(Protocol):
@@ -50,7 +54,9 @@ class PullEngine(Protocol):
     def num_blocks(self) -> int: ...
 
     @property
-    def block_bytes(self) -> int: ...
+    def rows(self) -> RowSpacing:
+        """Where the blocks lie: as rows of the local pool."""
+        ...
 
     def export(self) -> Exported: ...
 
@@ -60,8 +66,9 @@ class PullEngine(Protocol):
 
     def close(self, pointer: int) -> None: ...
 
-    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
-        """Begin to copy these runs from the peer's pool; the number names the copy. Raises PeerLost."""
+    def pull(self, pointer: int, runs: Sequence[BlockRun], blocks: Sequence[int]) -> int:
+        """Begin to copy these runs of bytes from the peer's pool, which fill these blocks; the number names the copy.
+        Raises PeerLost."""
         ...
 
     def ended(self, copy: int) -> bytes | None:
@@ -121,6 +128,8 @@ class CudaIpcPlane:
     def describe(self) -> PlaneAddress:
         own = self._engine.export()
         text = f"{own.handle.hex()}:{own.size_bytes}:{own.nonce.hex()}:{own.device_uuid}"
+        if own.rows.has_gaps:
+            text += f":{own.rows.group_rows}:{own.rows.group_bytes}"
         return PlaneAddress(plane=self.name, host=self._host, address=text)
 
     def reaches(self, peer: PlaneAddress) -> bool:
@@ -161,9 +170,8 @@ class CudaIpcPlane:
         self._ledger.post_receive(peer, key, blocks)
         try:
             mapping = self._mapping(peer)
-            if max(source) >= mapping.exported.size_bytes // self._engine.block_bytes or min(source) < 0:
-                raise PeerLost(f"the peer's pool of {mapping.exported.size_bytes} bytes has no block {max(source)}")
-            self._pulls.append(_Pull(key, mapping, self._engine.pull(mapping.pointer, common_runs(source, blocks))))
+            runs = self._runs(mapping.exported, source, blocks)
+            self._pulls.append(_Pull(key, mapping, self._engine.pull(mapping.pointer, runs, blocks)))
             mapping.copies += 1
         except PeerLost as error:
             self._ledger.end_receive(key, str(error))
@@ -207,6 +215,14 @@ class CudaIpcPlane:
 
     # -- inside
 
+    def _runs(self, peer: Exported, source: Sequence[int], blocks: Sequence[int]) -> list[BlockRun]:
+        """Of bytes."""
+        if max(source) >= peer.rows.num_rows(peer.size_bytes) or min(source) < 0:
+            raise PeerLost(f"the peer's pool of {peer.size_bytes} bytes has no block {max(source)}")
+        size = self._engine.rows.row_bytes
+        runs = common_runs(peer.rows.places(source), self._engine.rows.places(blocks), size)
+        return [BlockRun(run.source, run.target, run.length * size) for run in runs]
+
     def _mapping(self, peer: str) -> _Mapping:
         known = self._peers.get(peer)
         if known is None:
@@ -220,8 +236,13 @@ class CudaIpcPlane:
         match = _ADDRESS.fullmatch(address.address)
         if match is None:
             raise PeerLost(f"no address of device memory: {address.address[:96]!r}")
-        handle, size_bytes, nonce, device_uuid = match.groups()
-        exported = Exported(bytes.fromhex(handle), int(size_bytes), bytes.fromhex(nonce), device_uuid)
+        handle, size_bytes, nonce, device_uuid, group_rows, group_bytes = match.groups()
+        rows = RowSpacing.even(self._engine.rows.row_bytes)
+        if group_rows is not None:
+            rows = rows._replace(group_rows=int(group_rows), group_bytes=int(group_bytes))
+        if rows.group_rows * rows.row_bytes > rows.group_bytes:
+            raise PeerLost(f"{rows.group_bytes} bytes do not hold {rows.group_rows} rows of {rows.row_bytes}")
+        exported = Exported(bytes.fromhex(handle), int(size_bytes), bytes.fromhex(nonce), device_uuid, rows)
         if exported.nonce == self._engine.export().nonce:
             raise PeerLost("this is our own pool")
         return _Mapping(address.address, exported, self._engine.open(exported))

@@ -6,15 +6,18 @@ Blocks on a GPU are not offered over ZeroMQ or shared memory.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from baton.kvtransfer.blocks import cudart
-from baton.kvtransfer.blocks.device_pool import PoolMemory
+from baton.kvtransfer.blocks.device_pool import DevicePool, LayerMemory, PoolMemory
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.communicator import NcclConnector
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
 from baton.kvtransfer.planes.nccl import NcclPlane
 from baton.kvtransfer.planes.pull_engine import CudaPullEngine
 from baton.kvtransfer.planes.self_test import SelfTest
+from baton.kvtransfer.planes.sharded import LayersDigest, ShardedPlane
+from baton.kvtransfer.reshard import Cut
 from baton.node.addresses import ListenHost
 from baton.node.settings import is_loopback_host
 from baton.node.sockets import Context
@@ -49,3 +52,18 @@ def device_planes(
             planes.append(NcclPlane(context, connector, identity, host, warm=warm))
     log_event(logger, "planes_offered", planes=",".join(plane.name for plane in planes), gpu=self_test.gpu_name)
     return planes
+
+
+def device_plane_by_layer(cut: Cut, pools: Sequence[DevicePool], digest: LayersDigest) -> Plane:
+    """Within a host, over the pools of the ranks of `cut` in order, stage by stage; one is all of a worker on one GPU.
+    Waits until kernels for digests are loaded."""
+    digest([0])  # later that would wait for the whole device
+    ends = [
+        CudaIpcPlane(
+            CudaPullEngine(
+                LayerMemory(pool.memory, pool.layout), SelfTest(cudart.device_name(pool.memory.device_index))
+            )
+        )
+        for pool in pools
+    ]
+    return ShardedPlane(cut, pools[0].num_blocks, ends, digest)

@@ -15,9 +15,9 @@ import torch
 
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
-from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, PoolMemory
+from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, LayerMemory, PoolMemory
 from baton.kvtransfer.blocks.digest import Checksums
-from baton.kvtransfer.blocks.runs import BlockRun, RunSeries, evenly_spaced
+from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing, RunSeries, evenly_spaced
 from baton.kvtransfer.planes.cuda_ipc import Exported
 from baton.kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
 from baton.node.errors import PeerLost
@@ -37,7 +37,7 @@ class _Copy:
 class CudaPullEngine:
     """Copies into `memory`. One thread makes all calls."""
 
-    def __init__(self, memory: PoolMemory, self_test: SelfTest) -> None:
+    def __init__(self, memory: PoolMemory | LayerMemory, self_test: SelfTest) -> None:
         self._memory = memory
         self._self_test = self_test
         cudart.use_device(memory.device_index)
@@ -45,8 +45,9 @@ class CudaPullEngine:
         self._pulling = torch.cuda.ExternalStream(self._stream, memory.device_index)  # the same, as torch sees it
         # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
         self._digest_stream = torch.cuda.Stream(memory.device_index, priority=-1)  # before what computes
-        num_digests = 0 if memory.block_bytes // memory.num_units % WORD_BYTES else DIGESTS
-        self._checksums = [Checksums(memory.data, DIGEST_BLOCKS) for _ in range(num_digests)]  # free ones
+        self._checksums: list[Checksums] = []  # free ones
+        if not isinstance(memory, LayerMemory) and memory.block_bytes // memory.num_units % WORD_BYTES == 0:
+            self._checksums = [Checksums(memory.data, DIGEST_BLOCKS) for _ in range(DIGESTS)]
         self._events: list[int] = []  # free ones
         self._copies: dict[int, _Copy] = {}
         self._numbers = 0
@@ -57,12 +58,12 @@ class CudaPullEngine:
         return self._memory.num_blocks
 
     @property
-    def block_bytes(self) -> int:
-        return self._memory.block_bytes
+    def rows(self) -> RowSpacing:
+        return self._memory.rows
 
     def export(self) -> Exported:
         memory = self._memory
-        return Exported(memory.handle, memory.payload_bytes, memory.nonce, memory.device_uuid)
+        return Exported(memory.handle, memory.payload_bytes, memory.nonce, memory.device_uuid, memory.rows)
 
     def open(self, exported: Exported) -> int:
         """Map, compare the nonce behind the payload, and measure a pull: a few milliseconds, once a peer."""
@@ -88,11 +89,10 @@ class CudaPullEngine:
         except cudart.CudaError as error:
             logger.warning("cannot unmap a peer's pool: %s", error)
 
-    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
+    def pull(self, pointer: int, runs: Sequence[BlockRun], blocks: Sequence[int]) -> int:
         cudart.use_device(self._memory.device_index)
-        blocks = [block for run in runs for block in range(run.target, run.target + run.length)]
         try:
-            for series in evenly_spaced(runs, cudart.MAX_PITCH // self.block_bytes):
+            for series in evenly_spaced(runs, cudart.MAX_PITCH):
                 self._copy(series, pointer)
             event = self._events.pop() if self._events else cudart.create_event()
             checksums = self._digest(blocks, event)
@@ -137,13 +137,12 @@ class CudaPullEngine:
         self._stream = 0
 
     def _copy(self, series: RunSeries, pointer: int) -> None:
-        (first, num_runs, source_step, target_step), size = series, self.block_bytes
-        source, target = pointer + first.source * size, self._memory.pointer + first.target * size
+        first, num_runs, source_step, target_step = series
+        source, target = pointer + first.source, self._memory.pointer + first.target
         if num_runs == 1:
-            cudart.copy_async(target, source, first.length * size, self._stream)
-            return
-        pitches = target_step * size, source_step * size
-        cudart.copy_rows_async(target, source, pitches, first.length * size, num_runs, self._stream)
+            cudart.copy_async(target, source, first.length, self._stream)
+        else:
+            cudart.copy_rows_async(target, source, (target_step, source_step), first.length, num_runs, self._stream)
 
     def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
         """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no

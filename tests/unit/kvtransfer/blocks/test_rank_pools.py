@@ -27,6 +27,9 @@ class RankSums:
     def unit_sums(self, blocks: Sequence[int]) -> bytes:
         return self._sums[list(blocks)].contiguous().numpy().tobytes()
 
+    def layer_sums(self, blocks: Sequence[int]) -> bytes:
+        return torch.stack([self._sums[list(blocks)], self._sums[list(blocks)] + 1], dim=2).numpy().tobytes()
+
     def close(self) -> None:
         self.closed += 1
 
@@ -35,9 +38,11 @@ class RankSums:
 def test_any_number_of_ranks_has_the_digest_of_one(count):
     """Guards against units in the order of ranks and not of the model, heads that several ranks hold, and chunks that
     are taken together."""
-    cut = Cut.even(UNITS, count, 1)
+    cut = Cut.even(UNITS, count, 2)
     ranks = [RankSums(cut.units(rank)) for rank in range(count)]
     pools, chunks = RankPools(ranks, cut), [[3, 1], [5], [0, 2, 4]]
     assert pools.digests(chunks) == [xxhash.xxh3_128_digest(SUMS[blocks].numpy().tobytes()) for blocks in chunks]
+    layers = torch.stack([SUMS, SUMS + 1], dim=2)
+    assert pools.layers_digest([4, 1]) == xxhash.xxh3_128_digest(layers[[4, 1]].numpy().tobytes())
     pools.close()
     assert [rank.closed for rank in ranks] == [1] * count

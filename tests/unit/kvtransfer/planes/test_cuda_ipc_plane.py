@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.blocks.runs import BlockRun, evenly_spaced
+from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing, evenly_spaced
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
 from baton.kvtransfer.planes.sharded import ShardedPlane
@@ -43,17 +44,17 @@ test_nonsense = contract.test_an_invalid_address_is_not_reached_and_raises_nothi
 class FakeEngine:
     """A fake driver with exported memories by handle. A copy happens when it is polled while `slow` is off."""
 
-    def __init__(self, memory: HostMemory, driver: dict[bytes, HostMemory]) -> None:
+    def __init__(self, memory: HostMemory, driver: dict[bytes, HostMemory], rows: RowSpacing | None = None) -> None:
         self.memory, self.driver = memory, driver
-        self.num_blocks, self.block_bytes = memory.num_blocks, memory.block_bytes
+        self.rows = rows or RowSpacing.even(memory.block_bytes)
+        size_bytes = memory.num_blocks * memory.block_bytes
+        self.num_blocks = self.rows.num_rows(size_bytes)
         self.slow = False
         self.broken = False
         self.opened: dict[int, HostMemory] = {}
         self.opens = 0
         self.copies: dict[int, tuple[int, list[BlockRun]]] = {}
-        self._exported = Exported(
-            secrets.token_bytes(64), memory.num_blocks * memory.block_bytes, secrets.token_bytes(16), "ab" * 16
-        )
+        self._exported = Exported(secrets.token_bytes(64), size_bytes, secrets.token_bytes(16), "ab" * 16, self.rows)
         driver[self._exported.handle] = memory
 
     def export(self) -> Exported:
@@ -70,7 +71,8 @@ class FakeEngine:
         assert not any(source == pointer for source, _ in self.copies.values()), "closed under a copy"
         del self.opened[pointer]
 
-    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
+    def pull(self, pointer: int, runs: Sequence[BlockRun], blocks: Sequence[int]) -> int:
+        assert sum(run.length for run in runs) == len(blocks) * self.rows.row_bytes
         self.copies[number := max(self.copies, default=0) + 1] = (pointer, list(runs))
         return number
 
@@ -80,9 +82,8 @@ class FakeEngine:
         pointer, runs = self.copies.pop(copy)
         if self.broken:
             raise PeerLost("the copy failed")
-        for run in runs:
-            for i in range(run.length):
-                self.memory.block(run.target + i)[:] = self.opened[pointer].block(run.source + i)
+        for source, target, length in runs:
+            self.memory.view[target : target + length] = self.opened[pointer].view[source : source + length]
         return b"sums of copy %d" % copy
 
     def shut(self) -> None:
@@ -164,6 +165,18 @@ def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
     assert len(rig.received(receiver, ok=False)) == 3 and not rig.engines[1].copies
 
 
+@pytest.mark.parametrize("described", ["9:31", "1000:2048", "1:1000000", "0:64", "2:-9", "2", "2:32:5"])
+def test_rows_that_do_not_fit_are_not_read(rig: IpcRig, described: str) -> None:
+    """Guards against a peer that describes rows outside of its memory, or ones that overlap."""
+    sender, receiver = rig.end(SENDER, 3, 8), rig.end(RECEIVER, 3, 8)
+    engine, address = rig.engines[1], sender.plane.describe()
+    false = msgspec.structs.replace(address, address=f"{address.address}:{described}")
+    receiver.plane.connect(OTHER, false)
+    receiver.plane.post_receive(OTHER, ChunkKey(X, 0, 0), [0], [1])
+    rig.turn()
+    assert rig.received(receiver, ok=False) == {ChunkKey(X, 0, 0)} and not engine.copies
+
+
 def test_a_receive_carries_the_engines_sums_and_their_digest(rig: IpcRig) -> None:
     """Guards against losing the engine's sums and computing them again on the I/O thread."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
@@ -201,7 +214,7 @@ def test_a_pair_of_ranks_costs_one_copy(sizes: tuple[int, int]) -> None:
     ]
     planes[1].connect(SENDER, planes[0].describe())
     planes[1].post_receive(SENDER, ChunkKey(X, 0, 0), range(num_blocks), range(num_blocks))
-    copies = [evenly_spaced(runs, 100) for engine in engines[1] for _, runs in engine.copies.values()]
+    copies = [evenly_spaced(runs, 800) for engine in engines[1] for _, runs in engine.copies.values()]
     assert [len(series) for series in copies] == [1] * max(sizes)
     for plane, group in zip(planes, memories, strict=True):
         plane.close()
