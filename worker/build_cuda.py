@@ -14,7 +14,7 @@ from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory
 from baton.kvtransfer.blocks.digest import SumsBehind
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
-from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.device import device_plane_by_layer, device_planes
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.reshard import Cut
 from baton.models.check import longest_known, recipe_for
@@ -83,7 +83,10 @@ def load_on_cuda(
         made = device_planes(pool.memory, context, identity, host, names=names, warm=role != "decode")
         if "cuda_ipc" in names:  # for workers of several ranks
             ends = device_planes(UnitMemory(pool.memory), context, rank_name(identity, 0), host, names=("cuda_ipc",))
-            made.append(ShardedPlane(Cut.even(layout.num_units, 1, layout.num_layers), pool.num_blocks, ends))
+            cut = Cut.even(layout.num_units, 1, layout.num_layers)
+            made.append(ShardedPlane(cut, pool.num_blocks, ends))
+            if role != "prefill":  # for prefill workers with stages
+                made.append(device_plane_by_layer(cut, [pool], pool.layers_digest))
         return made
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.

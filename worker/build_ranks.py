@@ -18,7 +18,7 @@ from baton.kvtransfer.blocks.device_pool import DevicePool, UnitMemory, mapped
 from baton.kvtransfer.blocks.rank_copies import RankCopies
 from baton.kvtransfer.blocks.rank_pools import RankPools
 from baton.kvtransfer.planes.base import Plane
-from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.device import device_plane_by_layer, device_planes
 from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.reshard import Cut
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
@@ -148,12 +148,15 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
     group.give_up = own.peers.give_up
     log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
     cut = Cut.even(layout.num_units, count, layout.num_layers)
+    group_pool = RankPools(pools, cut)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         made: list[Plane] = [
             ShardedPlane(cut, num_blocks, _ends(pools, context, identity, host, name, warm=role != "decode"))
             for name in names
         ]
+        if role != "prefill" and "cuda_ipc" in names:  # for prefill workers with stages
+            made.append(device_plane_by_layer(cut, pools, group_pool.layers_digest))
         torch.cuda.set_device(own.share.gpu)
         return made
 
@@ -165,7 +168,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
     return LoadedModel(
         config,
         LeadingRunner(own.runner, group.peers(config.vocab_size).tell),
-        RankPools(pools, cut),
+        group_pool,
         layout,
         name_of(DTYPES[settings.dtype]),
         max_model_len,

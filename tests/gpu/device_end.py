@@ -13,13 +13,18 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.device_stage_pools import DeviceStagePools
 from baton.kvtransfer.blocks.digest import BlockDigests
+from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import ChunkKey, Plane, choose
-from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.device import device_plane_by_layer, device_planes
+from baton.kvtransfer.reshard import Cut
+from baton.models.cuda.memory import unit_padding
 from baton.node.addresses import LOOPBACK
 from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
@@ -30,7 +35,7 @@ from baton.node.sockets import Context
 class Made:
     planes: list[Plane]
     plane: Plane
-    memory: DeviceMemory
+    memory: DeviceMemory | DeviceStagePools
     digests: BlockDigests | None
 
 
@@ -49,6 +54,44 @@ class Ends:
         whole_words = block_bytes % 8 == 0
         self.made = Made(planes, planes[0], memory, BlockDigests(memory.data) if whole_words else None)
         return self.describe()
+
+    def make_stages(self, name: str, stages: int, ranks: int, gpus: list[int], scales: str) -> list[str]:
+        """Pools of a small model, whose bytes are told by `layers`."""
+        dtype = "float8_e4m3fn" if scales == "token" else "bfloat16"
+        layout = KVLayout.of_model(
+            num_layers=10,
+            kv_heads=4,
+            head_dim=64,
+            block_tokens=16,
+            dtype=dtype,
+            scales=scales,  # type: ignore[arg-type]
+        )
+        cut = Cut.even(layout.num_units, ranks, layout.num_layers, stages)
+        pools = DeviceStagePools(cut, layout, 12, gpus, _padding)
+        for number, pool in enumerate(pools.pools):
+            generator = torch.Generator(pool.device).manual_seed(zlib.crc32(f"{name} {number}".encode()))
+            pool.memory.data.random_(0, 256, generator=generator)
+            torch.cuda.synchronize(pool.device)
+        plane = device_plane_by_layer(cut, pools.pools, pools.layers_digest)
+        self.made = Made([plane], plane, pools, None)
+        return self.describe()
+
+    def layers(self, blocks: list[int]) -> list[str]:
+        """All bytes of each of these blocks: unit by unit, of each its layers in order, as its first rank has it."""
+        pools = self._made.memory
+        assert isinstance(pools, DeviceStagePools)
+        found = []
+        for block, unit, (stage, layers) in product(blocks, range(pools.cut.total_units), enumerate(pools.cut.layers)):
+            rank = pools.cut.holders(unit).start
+            pool = pools.pools[stage * pools.cut.ranks + rank]
+            held = pool.memory.data[block, unit - pool.layout.first_unit, : len(layers) * pool.layout.layer_bytes]
+            found.append(held.cpu().numpy().tobytes())
+        size = len(found) // len(blocks)
+        return [base64.b64encode(b"".join(found[i * size :][:size])).decode() for i in range(len(blocks))]
+
+    def layers_digest(self, blocks: list[int]) -> str:
+        assert isinstance(self._made.memory, DeviceStagePools)
+        return self._made.memory.layers_digest(blocks).hex()
 
     def describe(self) -> list[str]:
         address = self._made.plane.describe()
@@ -95,14 +138,14 @@ class Ends:
         return dict(self._made.plane.dropped)  # type: ignore[attr-defined]
 
     def content(self, blocks: list[int]) -> str:
-        return base64.b64encode(self._made.memory.data[blocks].cpu().numpy().tobytes()).decode()
+        return base64.b64encode(self._memory.data[blocks].cpu().numpy().tobytes()).decode()
 
     def digest(self, blocks: list[int]) -> str:
         assert self._made.digests is not None
         return self._made.digests.digest(blocks).hex()
 
     def flip(self, block: int, position: int) -> None:
-        self._made.memory.data[block, 0, position] ^= 1
+        self._memory.data[block, 0, position] ^= 1
         torch.cuda.synchronize(self.gpu)
 
     def gib_free(self) -> float:
@@ -117,9 +160,18 @@ class Ends:
             self.made = None
 
     @property
+    def _memory(self) -> DeviceMemory:
+        assert isinstance(self._made.memory, DeviceMemory)
+        return self._made.memory
+
+    @property
     def _made(self) -> Made:
         assert self.made is not None
         return self.made
+
+
+def _padding(layout: KVLayout) -> int:
+    return unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes)
 
 
 def _address(fields: list[str]) -> PlaneAddress:

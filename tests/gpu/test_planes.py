@@ -231,6 +231,54 @@ def test_large_chunks_keep_their_digest(rig: GpuRig, block_mib: int) -> None:
     assert receiver.digest([50]) != sender.digest([63])
 
 
+@pytest.mark.parametrize("scales", ["none", "token"])
+@pytest.mark.parametrize(
+    ("sends", "receives"),
+    [
+        ((2, 1, [0, 0]), (1, 1, [1])),
+        ((2, 1, [0, 1]), (1, 1, [1])),
+        ((2, 1, [0, 1]), (1, 2, [0, 1])),
+        ((3, 1, [0, 1, 0]), (1, 2, [1, 1])),
+        ((2, 2, [0, 0, 1, 1]), (1, 1, [1])),
+    ],
+    ids=str,
+)
+def test_stages_hand_their_layers_over(
+    children: dict[str, Child], sends: tuple[int, int, list[int]], receives: tuple[int, int, list[int]], scales: str
+) -> None:
+    """Guards against rows at the distance of the other end's padding, and sums in the order of stages: 10 layers have
+    padding, in two stages each of them has, in three none."""
+    for name in (SENDER, RECEIVER):
+        if name not in children or children[name].process.poll() is not None:
+            children[name] = Child(GPU_OF[name])
+    sender, receiver = children[SENDER], children[RECEIVER]
+    sender("make_stages", SENDER, *sends, scales)
+    receiver("make_stages", RECEIVER, *receives, scales)
+    planes = {name: RemotePlane(children[name], "cuda_ipc_layers") for name in (SENDER, RECEIVER)}
+    assert planes[RECEIVER].reaches(planes[SENDER].describe())
+    planes[RECEIVER].connect(SENDER, planes[SENDER].describe())
+    planes[SENDER].connect(RECEIVER, planes[RECEIVER].describe())
+    before: list[str] = receiver("layers", list(range(12)))  # type: ignore[assignment]
+    chunks = [([0, 1, 2, 3], [4, 5, 6, 7]), ([9, 5, 6], [0, 11, 2])]
+    for seq, (source, target) in enumerate(chunks):
+        planes[RECEIVER].post_receive(SENDER, ChunkKey(X, seq, 0), source, target)
+        planes[SENDER].post_send(RECEIVER, ChunkKey(X, seq, 0), source)
+    digests: dict[int, str] = {}
+    until = time.monotonic() + 30
+    while len(digests) < len(chunks):
+        for done in planes[RECEIVER].poll():
+            assert done.ok, done.reason
+            digests[done.key.seq] = done.digest.hex()
+        assert time.monotonic() < until
+    for seq, (source, target) in enumerate(chunks):
+        assert receiver("layers", target) == sender("layers", source)
+        assert digests[seq] == sender("layers_digest", source) == receiver("layers_digest", target)
+    others = [1, 3, 8, 9, 10]
+    assert receiver("layers", others) == [before[block] for block in others]
+    for plane in planes.values():
+        plane.close()
+
+
 def test_the_pool_of_a_dead_owner_is_unmapped(children: dict[str, Child]) -> None:
     """Guards against stale memory: a mapping outlives its owner, and after `forget` a new owner's memory is read."""
     rig = GpuRig("cuda_ipc", children)

@@ -132,6 +132,20 @@ def test_a_pair_of_ends_costs_few_copies(padding, ranks, copies):
     receiver.close()
 
 
+def test_whole_blocks_are_preferred():
+    """Guards against smaller copies, and a digest that is waited for, between workers of which none has stages, and
+    against an older worker that offers no layers."""
+    driver: dict[bytes, HostMemory] = {}
+    one, other, staged = (Worker(Shape(stages, 1, (0, 0)), driver) for stages in (1, 1, 2))
+    own = [CudaIpcPlane(FakeEngine(one.memories[0], driver)), one.plane]
+    theirs = [CudaIpcPlane(FakeEngine(other.memories[0], driver)), other.plane]
+    assert choose(own, [plane.describe() for plane in theirs]) is own[0]
+    assert choose(own, [staged.plane.describe()]) is one.plane
+    assert choose(own[:1], [staged.plane.describe()]) is None
+    for worker in (one, other, staged):
+        worker.close()
+
+
 def test_nothing_is_mapped_before_it_is_used():
     """Guards against mappings, each of a peer's whole pool, that an offer costs which another plane makes needless."""
     driver: dict[bytes, HostMemory] = {}

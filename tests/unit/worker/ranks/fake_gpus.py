@@ -7,7 +7,7 @@ Ranks take turns, as in testing.device_ranks: one that waits for a message of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from baton.kvtransfer.planes.sharded import LayersDigest
+from baton.kvtransfer.reshard import Cut
 from baton.models.cuda.peers import DevicePeers
 from baton.models.cuda.queue import Work
 from baton.models.cuda.runner import CudaRunner
@@ -81,6 +83,7 @@ class FakeGpus:
         patch.setattr(build_ranks, "RankGroup", partial(FakeGroup, self))
         patch.setattr(build_ranks, "DeviceCopies", self._copies)
         patch.setattr(build_ranks, "device_planes", self._make_planes)
+        patch.setattr(build_ranks, "device_plane_by_layer", self._plane_by_layer)
 
     def _mapped(self, handle: bytes, size_bytes: int, gpu: int) -> torch.Tensor:
         memory = self.handles[handle]
@@ -100,6 +103,10 @@ class FakeGpus:
     def _make_planes(self, memory: Any, *place: Any, names: tuple[str, ...], warm: bool) -> list[FakePlane]:
         self.planes.append(FakePlane(names[0], memory, place, warm))
         return self.planes[-1:]
+
+    def _plane_by_layer(self, cut: Cut, pools: Sequence[Any], digest: LayersDigest) -> SimpleNamespace:
+        memories = [pool.memory for pool in pools]
+        return SimpleNamespace(name="cuda_ipc_layers", cut=cut, memories=memories, digest=digest)
 
 
 class LazyQueue(LateQueue):

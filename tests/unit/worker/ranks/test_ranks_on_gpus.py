@@ -54,7 +54,9 @@ def test_ranks_with_a_draft_and_the_store(monkeypatch, tmp_path):
     assert [memory.device_index for memory in pools] == [3, 5] and all(memory.data.any() for memory in pools)
     assert gpus.copied == pools and model.host_copies.block_bytes == model.layout.block_bytes
     made = model.make_planes("context", "worker", "host")
-    assert [plane.name for plane in made] == ["cuda_ipc_ranks", "nccl_ranks"]
+    assert [plane.name for plane in made] == ["cuda_ipc_ranks", "nccl_ranks", "cuda_ipc_layers"]
+    assert made[2].memories == pools and len(made[2].digest([1])) == 16
+    assert (made[2].cut.ranks, made[2].cut.layers) == (2, (range(model.layout.num_layers),))
     ends = [(plane.name, plane.memory.pointer, plane.place, plane.warm) for plane in gpus.planes]
     assert ends == [
         (name, memory.pointer, ("context", f"worker/{rank}", "host"), False)
