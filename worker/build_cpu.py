@@ -206,6 +206,7 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int, draft: P
         max_lora_rank=settings.max_lora_rank,
         lora_vocabulary=settings.lora_vocabulary,
         lora_modules_to_save=settings.lora_modules_to_save,
+        lora_routers=settings.lora_routers,
         lora_dora=settings.lora_dora,
         draft="" if draft is None else str(draft),
     )

@@ -144,6 +144,7 @@ def _load(
         max_rank=settings.max_lora_rank,
         adapter_vocabulary=settings.lora_vocabulary,
         adapter_wholes=settings.lora_modules_to_save,
+        adapter_routers=settings.lora_routers,
         adapter_magnitudes=settings.lora_dora,
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)

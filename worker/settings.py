@@ -109,6 +109,11 @@ class WorkerSettings(EngineSettings):
         help="on a GPU: room in each slot of --max-loras for an embedding, a head and norms in place of the model's; "
         "on a CPU adapters may always have them",
     )
+    lora_routers: bool = option(
+        False,
+        help="on a GPU: room in each slot of --max-loras for low-rank pairs of routers, and gates of shared experts; "
+        "on a CPU adapters may always have them",
+    )
     lora_dora: bool = option(
         False,
         help="on a GPU: room in each slot of --max-loras for magnitudes (DoRA); on a CPU adapters may always have them",

@@ -294,8 +294,8 @@ def _load_b(matrix, n, r, rank, N: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "site", "b_offset"])
 def _expand_ranks_kernel(
     hidden_ptr, numbers_ptr, ranks_ptr, order_ptr, items_ptr, out_ptr, num_rows, site, b_offset,
-    SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, TILE_N: tl.constexpr,
+    SLOT_SIZE: tl.constexpr, SITES: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, END0: tl.constexpr,
+    END1: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, MAX_RANK: tl.constexpr, TILE_N: tl.constexpr,
     ITEM_ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr, BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +322,7 @@ def _expand_ranks_kernel(
     for number in tl.range(first_item, num_items, tl.num_programs(0), num_stages=1):
         hidden = load_hidden(hidden_ptr, row, there, num_rows, part, PARTS, WIDTH, MAX_RANK)
         hidden = tl.where((r < rank)[None, :], hidden, 0.0).to(b.dtype)
-        target = out_ptr + row.to(tl.int64)[None, :] * N + n[:, None]
+        target = out_ptr + row.to(tl.int64)[None, :] * STRIDE + n[:, None]
         inside = there[None, :] if EVEN else there[None, :] & (n < N)[:, None]
         total = tl.zeros([TILE_N, ITEM_ROWS], tl.float32)
         if ADD:
@@ -346,14 +346,15 @@ def expand(
     pdl: bool = False,
 ) -> None:
     """Adds B t to out [M, N] in place, or to the first of parts [S, M, N] of a product; without `add` it becomes out,
-    where rows have an adapter. few_programs: that go through the items of few rows."""
+    where rows have an adapter. Rows of out may lie apart. few_programs: that go through the items of few rows."""
     whole = out[0] if out.dim() == 3 else out
     num_rows, n = whole.shape
     bank, site, rows = added.bank, added.site, added.rows
     splits, width = added.hidden.shape[0], bank.rank_width(site)
     require(tuple(added.hidden.shape) == (splits, num_rows, width), f"t {tuple(added.hidden.shape)} of other rows")
     require(n == site.ends[-1], f"{n} outputs, a site of {site.ends[-1]}")
-    _check(bank, whole, added.hidden)
+    require(whole.stride(1) == 1, "a row of out lies apart")
+    _check(bank, added.hidden)
     most = max(128, EXPAND_BYTES // (bank.max_rank * bank.numbers.element_size()))
     sizes = [size for size in (512, 256, 128, 64, 32, 16) if size <= most]
     tile_n = next((size for size in sizes if all(end % size == 0 for end in site.ends)), 0)
@@ -363,8 +364,8 @@ def expand(
     if len(rows.items):
         _expand_ranks_kernel[(_programs(rows, few_programs), cdiv(n, tile_n))](
             added.hidden, bank.numbers, bank.ranks, rows.order, rows.items, whole, num_rows, site.number, site.b_offset,
-            SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, **ends(site), PARTS=splits, WIDTH=width,
-            MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
+            SLOT_SIZE=bank.numbers.shape[1], SITES=bank.ranks.shape[1], N=n, STRIDE=whole.stride(0), **ends(site),
+            PARTS=splits, WIDTH=width, MAX_RANK=bank.max_rank, TILE_N=tile_n, ITEM_ROWS=ITEM_ROWS, COLUMNS=COLUMNS,
             EVEN=n % tile_n == 0, ADD=add, BESIDE=added.beside, PDL=pdl, **launch_options(4, pdl),
         )  # fmt: skip
 

@@ -21,8 +21,8 @@ BLOCK, WARPS = 1024, 4
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _scale_rows_kernel(
-    out_ptr, adapters_ptr, scales_ptr, scales_stride, bias_ptr, num_rows, N: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    out_ptr, adapters_ptr, scales_ptr, scales_stride, bias_ptr, num_rows, N: tl.constexpr, STRIDE: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,7 +34,7 @@ def _scale_rows_kernel(
     if slot >= 0:
         scale = tl.load(scales_ptr + slot.to(tl.int64) * scales_stride + n, mask=inside, other=1.0)
         for part in tl.static_range(PARTS):
-            place = out_ptr + (part * num_rows.to(tl.int64) + row) * N + n
+            place = out_ptr + (part * num_rows.to(tl.int64) + row) * STRIDE + n
             value = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale
             if BIAS and part == 0:
                 value += (1.0 - scale) * tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
@@ -49,8 +49,8 @@ def add_in_place(
     few_programs: int = EXPAND_ITEMS,
     pdl: bool = False,
 ) -> None:
-    """out: the product [M, N], or float32 parts of it [S, M, N]; bias [N]: what it has of one. few_programs: as
-    low_rank.expand."""
+    """out: the product [M, N], or float32 parts of it [S, M, N]; its rows may lie apart. bias [N]: what it has of one.
+    few_programs: as low_rank.expand."""
     if (scales := added.bank.scales_of(added.site)) is not None:
         scale_rows(out, added.rows.adapters, scales, bias, pdl=pdl)
     expand(added, out, few_programs=few_programs, pdl=pdl)
@@ -64,11 +64,12 @@ def scale_rows(
     require(len(adapters) == num_rows, f"{len(adapters)} adapters for {num_rows} rows")
     require(scales.shape[1] == n and scales.stride(1) == 1 and scales.dtype == torch.float32, "scales of another shape")
     require(bias is None or bias.shape == (n,), "bias is not [N]")
-    require(out.is_contiguous() and adapters.is_contiguous(), "tensors must be contiguous")
+    require(out.stride(-1) == 1 and adapters.is_contiguous(), "rows must be contiguous")
+    require(out.dim() == 2 or out.stride(0) == num_rows * out.stride(1), "parts must lie behind one another")
     if num_rows:
         block = min(BLOCK, next_power_of_2(n))
         _scale_rows_kernel[(num_rows, cdiv(n, block))](
             out, adapters, scales, scales.stride(0), out if bias is None else bias, num_rows, N=n,
-            PARTS=out.shape[0] if out.dim() == 3 else 1, BIAS=bias is not None, BLOCK=block, PDL=pdl,
-            **launch_options(WARPS, pdl),
+            STRIDE=out.stride(-2), PARTS=out.shape[0] if out.dim() == 3 else 1, BIAS=bias is not None, BLOCK=block,
+            PDL=pdl, **launch_options(WARPS, pdl),
         )  # fmt: skip

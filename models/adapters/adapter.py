@@ -80,11 +80,13 @@ class LayerAdapter:
 
 PRODUCTS = ("qkv", "query", "o", "gate_up", "down")
 """Of a layer, in the order in which a step computes them."""
-CPU_PRODUCTS = ("kv_up", "router", "shared_gate")
-"""Of a layer, beside them, those that only CPUs compute with adapters."""
+LATENT_PRODUCTS = ("kv_up",)
+"""Of a layer with latent attention, beside them."""
+ROUTER_PRODUCTS = ("router", "shared_gate")
+"""Of a layer with routed experts."""
 EXPERT_PRODUCTS = ("expert_gate_up", "expert_down")
-"""Of one routed expert, which only CPUs do too."""
-ALL_PRODUCTS = PRODUCTS + CPU_PRODUCTS + EXPERT_PRODUCTS
+"""Of one routed expert."""
+ALL_PRODUCTS = PRODUCTS + LATENT_PRODUCTS + ROUTER_PRODUCTS + EXPERT_PRODUCTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,18 +149,22 @@ def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProd
     return products
 
 
-def cpu_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
-    """By the names of CPU_PRODUCTS, those of a layer."""
-    products, attention, mlp = {}, shape.attention, shape.mlp
-    if isinstance(attention, LatentAttention):
-        dims = attention.dims
-        outputs = attention.num_heads * (dims.plain_dim + dims.value_dim)
-        products["kv_up"] = AdaptedProduct(dims.latent_dim, (outputs,))
-    if isinstance(mlp, ExpertsMlp):
-        products["router"] = AdaptedProduct(hidden_size, (mlp.routing.num_experts,))
-        if mlp.shared_gated:
-            products["shared_gate"] = AdaptedProduct(hidden_size, (1,))
-    return products
+def latent_products(shape: LayerShape) -> dict[str, AdaptedProduct]:
+    """By the names of LATENT_PRODUCTS, those of a layer."""
+    attention = shape.attention
+    if not isinstance(attention, LatentAttention):
+        return {}
+    dims = attention.dims
+    return {"kv_up": AdaptedProduct(dims.latent_dim, (attention.num_heads * (dims.plain_dim + dims.value_dim),))}
+
+
+def router_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:
+    """By the names of ROUTER_PRODUCTS, those of a layer."""
+    mlp = shape.mlp
+    if not isinstance(mlp, ExpertsMlp):
+        return {}
+    router = {"router": AdaptedProduct(hidden_size, (mlp.routing.num_experts,))}
+    return router | {"shared_gate": AdaptedProduct(hidden_size, (1,))} if mlp.shared_gated else router
 
 
 def expert_products(shape: LayerShape, hidden_size: int) -> dict[str, AdaptedProduct]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from baton.models.adapters.adapter import AdaptedProduct, adapted_products, cpu_products
+from baton.models.adapters.adapter import AdaptedProduct, adapted_products, latent_products, router_products
 from baton.models.config import ModelConfig
 from baton.models.layers import describe
 
@@ -53,7 +53,7 @@ def is_of_images(name: str) -> bool:
 
 
 def adapted_modules(config: ModelConfig) -> dict[str, Place]:
-    """By name, the modules that an adapter may change, but those of cpu_modules and routed experts."""
+    """By name, the modules that an adapter may change, but those of optional_modules and routed experts."""
     vocabulary = AdaptedProduct(config.hidden_size, (config.vocab_size,))
     places: dict[str, Place] = {EMBEDDING: vocabulary, LM_HEAD: vocabulary}
     for layer, products in enumerate(adapted_products(config)):
@@ -64,7 +64,7 @@ def adapted_modules(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def cpu_modules(config: ModelConfig) -> dict[str, ProductPlace]:
+def optional_modules(config: ModelConfig) -> dict[str, ProductPlace]:
     """By name, what makes keys and values of latents, routers, and gates of shared experts; a router is named as
     transformers 5 has it, and as the checkpoint does."""
     names = {"kv_up": ["self_attn.kv_b_proj"]}
@@ -75,7 +75,7 @@ def cpu_modules(config: ModelConfig) -> dict[str, ProductPlace]:
     return {
         f"model.layers.{layer}.{name}": ProductPlace(layer, product, 0, 1, whole)
         for layer, shape in enumerate(describe(config))
-        for product, whole in cpu_products(shape, config.hidden_size).items()
+        for product, whole in (latent_products(shape) | router_products(shape, config.hidden_size)).items()
         for name in names[product]
     }
 

@@ -38,10 +38,10 @@ from baton.models.adapters.modules import (
     Place,
     ProductPlace,
     adapted_modules,
-    cpu_modules,
     is_of_images,
     name_in_decoder,
     norm_numbers,
+    optional_modules,
     reason_not_adapted,
 )
 from baton.models.adapters.tensors import checked, read_tensors
@@ -79,7 +79,7 @@ def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknow
     norms = _take_norms(tensors, config)
     token_rows = take_token_rows(tensors, config, dict(adapter_config.tokens), base_rows)
     wrappers = expert_parameters(config)
-    pair_places: dict[str, PairPlace] = {**places, **cpu_modules(config), **expert_modules(config)}
+    pair_places: dict[str, PairPlace] = {**places, **optional_modules(config), **expert_modules(config)}
     pairs, names = _pairs(tensors, pair_places.keys() | wrappers.keys(), config)
     _name_parameters(pairs, names, wrappers, pair_places)
     if both := sorted(wholes.keys() & pairs.keys()):

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 
 from baton import kernels
 from baton.kernels import Linear
-from baton.models.adapters.adapter import Adapter, LowRank, Parts, cpu_products, expert_products, layer_products
+from baton.models.adapters.adapter import (
+    Adapter,
+    LowRank,
+    Parts,
+    expert_products,
+    latent_products,
+    layer_products,
+    router_products,
+)
 from baton.models.adapters.cut import share_of
 from baton.models.adapters.fills import Fill, PreparedAdapter
 from baton.models.adapters.flat import Directory, flatten, view
@@ -164,7 +172,10 @@ class CpuAdapterSlots:
         shapes = describe(config, peers.rank, stage) if num_slots else ()
         hidden = config.hidden_size
         self._products = tuple(
-            layer_products(shape, hidden) | cpu_products(shape, hidden) | expert_products(shape, hidden)
+            layer_products(shape, hidden)
+            | latent_products(shape)
+            | router_products(shape, hidden)
+            | expert_products(shape, hidden)
             for shape in shapes
         )
         self._slots: list[CpuAdapter | None] = [None] * num_slots

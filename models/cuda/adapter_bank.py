@@ -16,8 +16,17 @@ import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
 from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
-from baton.models.adapters.adapter import EXPERT_PRODUCTS, PRODUCTS, Adapter, LowRank, Parts, layer_products
-from baton.models.adapters.modules import cpu_modules
+from baton.models.adapters.adapter import (
+    ALL_PRODUCTS,
+    EXPERT_PRODUCTS,
+    ROUTER_PRODUCTS,
+    Adapter,
+    LowRank,
+    Parts,
+    layer_products,
+    router_products,
+)
+from baton.models.adapters.modules import optional_modules
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue, QueueMark, aligned, copy_async
 from baton.models.layers import describe
@@ -40,7 +49,7 @@ class BankLayout:
     """Where a model's products have their matrices in a slot."""
 
     sites: tuple[Mapping[str, BankSite], ...]
-    """By layer and by the names of PRODUCTS."""
+    """By layer and by the names of PRODUCTS, and of ROUTER_PRODUCTS where slots have room for them."""
     vocabulary: VocabularySites | None
     """None: slots have no room for them."""
     layers_size: int
@@ -48,20 +57,24 @@ class BankLayout:
     unit_size: int
     """Elements of a slot for each unit of rank."""
     num_outputs: int
-    """Of all products."""
-    cpu_modules: Mapping[str, tuple[int, str]]
+    """Of all products, each padded to a multiple of RANK_STEP."""
+    without: Mapping[str, tuple[int, str]]
     """Modules that slots have no room for: layer and product of each, by name."""
 
     @classmethod
-    def of(cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False) -> BankLayout:
-        """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head.
-        SettingsError for products that the kernels do not take."""
+    def of(
+        cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False, routers: bool = False
+    ) -> BankLayout:
+        """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head. routers: of
+        routers and gates of shared experts. SettingsError for products that the kernels do not take."""
         layers, end, count, outputs = [], 0, 0, 0
         for shape in describe(config, rank):
-            sites = {}
-            for name, product in layer_products(shape, config.hidden_size).items():
+            sites, products = {}, layer_products(shape, config.hidden_size)
+            if routers:
+                products |= router_products(shape, config.hidden_size)
+            for name, product in products.items():
                 k, ends = product.num_inputs, tuple(accumulate(product.outputs))
-                if any(size % RANK_STEP for size in (k, *ends)):
+                if any(size % RANK_STEP for size in (k, *(() if name in ROUTER_PRODUCTS else ends))):
                     raise SettingsError(
                         f"--max-loras: on a GPU the sizes of adapted products must be multiples of {RANK_STEP}, "
                         f"those of {name} are {k} and {list(product.outputs)}"
@@ -69,7 +82,7 @@ class BankLayout:
                 sites[name] = BankSite(count, end, end + len(ends) * k, k, ends, outputs)
                 end += len(ends) * k + ends[-1]
                 count += 1
-                outputs += ends[-1]
+                outputs += aligned(ends[-1], RANK_STEP)
             layers.append(sites)
         layers_size, hidden, vocab_sites = end, config.hidden_size, None
         if vocabulary:
@@ -84,7 +97,11 @@ class BankLayout:
             vocab_sites = VocabularySites(embedding, head)
             outputs += logits
             end = behind + hidden + logits
-        without = {module: (place.layer, place.product) for module, place in cpu_modules(config).items()}
+        without = {
+            module: (place.layer, place.product)
+            for module, place in optional_modules(config).items()
+            if place.product not in layers[place.layer]
+        }
         return cls(tuple(layers), vocab_sites, layers_size, end, outputs, without)
 
     @property
@@ -276,9 +293,11 @@ class BankSlots:
                 f"{self.bank.numbers[0].nbytes:,} and room for none of them; leave them out of target_modules and "
                 "target_parameters"
             )
-        for module, (number, product) in self._layout.cpu_modules.items():
+        for module, (number, product) in self._layout.without.items():
             if adapter.layers[number].product(product):
                 name = module.rpartition(".")[2]
+                if product in ROUTER_PRODUCTS:
+                    raise AdapterError(f"adapts {module}, for which slots on a GPU have room with --lora-routers")
                 raise AdapterError(
                     f"adapts {module}, which only a CPU computes with: leave {name!r} out of target_modules and "
                     f"'{name}.weight' out of target_parameters; 'all-linear' means it too"
@@ -290,7 +309,7 @@ class BankSlots:
         numbers = self._host_memory(rank * (layout.unit_size if of_vocabulary else layout.layers_size))
         ranks = self._copies.host_buffer(layout.num_sites)
         for index, (sites, layer) in enumerate(zip(layout.sites, adapter.layers, strict=True)):
-            for name in PRODUCTS:
+            for name in ALL_PRODUCTS:
                 parts = layer.product(name)
                 if any(part is not None for part in parts):
                     if name not in sites:

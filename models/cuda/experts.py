@@ -93,7 +93,8 @@ class ExpertBlocks:
     ) -> RoutedSum:
         """What the block of a layer adds to T tokens, valid until the next is computed; x is [T, hidden].
 
-        products: for the shared expert. kv_slots: int32 [T], -1 for tokens that pad the step; None: there are none.
+        products: for the shared expert, and what adapters add to routers. kv_slots: int32 [T], -1 for tokens that pad
+        the step; None: there are none.
         """
         num_tokens, routing = len(x), shape.routing
         if mlp.gate_up.weight_format != mlp.down.weight_format:
@@ -108,6 +109,9 @@ class ExpertBlocks:
             kv_slots = self._no_padding[:num_tokens]  # so that this, too, is the same kernel
         fixed = self._deterministic
         router(x, mlp.router.weight, gate, logits, fixed=fixed, pdl=pdl)
+        products.add_to(layer, "router", x, logits[..., : routing.num_experts])
+        if gate is not None:
+            products.add_to(layer, "shared_gate", x, logits[..., routing.num_experts :])
         bias = mlp.router.bias
         choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, logit_bias=bias, fixed=fixed, pdl=pdl)
         rows = of_experts(mlp.gate_up, mlp.down, x, routes, pdl=pdl)

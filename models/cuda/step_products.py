@@ -10,6 +10,7 @@ import torch
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.low_rank import AddedProduct
+from baton.kernels.triton.row_scales import add_in_place
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.products import Products, Rows, plain
 
@@ -48,6 +49,15 @@ class StepProducts:
     ) -> Rows:
         added = self._added(layer, "gate_up", gate_up, x)
         return self._products.gelu_gated(gate_up, x, wide, out, reader, added, pdl=self._pdl)
+
+    def add_to(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """What adapters change of a product of x that was launched elsewhere, without a bias: [M, N], or float32 parts
+        of it [S, M, N]."""
+        if self._rows is not None:
+            assert self._adapters is not None, "a step with adapters of a decoder without"
+            added = self._adapters.added(layer, name, x, self._rows, beside=False, pdl=self._pdl)
+            if added is not None:
+                add_in_place(added, out, None, pdl=self._pdl)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         """What adapters have in place of the model's embedding, or add to it, over out [N, hidden]."""

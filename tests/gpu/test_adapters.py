@@ -24,7 +24,13 @@ from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
-from baton.tests.unit.models.cuda.merged import merged_runner, random_adapter, with_magnitudes, with_vocabulary
+from baton.tests.unit.models.cuda.merged import (
+    merged_runner,
+    random_adapter,
+    with_magnitudes,
+    with_routers,
+    with_vocabulary,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -162,6 +168,8 @@ class Mixed:
         if limits.get("adapter_vocabulary"):
             first, second, third = self.adapters
             self.adapters = [with_vocabulary(first, self.config), second, with_vocabulary(third, self.config)]
+        if limits.get("adapter_routers"):
+            self.adapters = [with_routers(adapter, self.config) for adapter in self.adapters]
         if limits.get("adapter_magnitudes"):
             first, second, third = self.adapters
             self.adapters = [with_magnitudes(first, self.config), second, with_magnitudes(third, self.config)]
@@ -220,9 +228,17 @@ def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
     mixed.check(made, named, mixed.generate(made, named, 24, chunk))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family):
-    """Guards what adapters add to shared experts, beside routed ones, and to latent attention."""
+@pytest.mark.parametrize(
+    ("family", "limits"),
+    [
+        ("qwen2_moe", {}),
+        ("deepseek_v3", {}),
+        ("qwen2_moe", {"adapter_routers": True, "adapter_magnitudes": True}),
+        ("deepseek_v3", {"adapter_routers": True}),
+    ],
+)
+def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family, limits):
+    """Guards what adapters add to shared experts, beside routed ones, to routers, and to latent attention."""
     transformers = pytest.importorskip("transformers", reason="it makes the models")
     torch.manual_seed(11)
     config = transformers.AutoConfig.for_model(family, **SMALL | FAMILIES[family])
@@ -231,7 +247,7 @@ def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family):
         spread = torch.randn_like(parameter) * 0.05
         parameter.data = 1 + spread if "norm" in name else spread
     model.save_pretrained(tmp_path)
-    mixed, made, named = Mixed(torch.float32, 4, tmp_path), prompts(4), {0: 0, 1: 1, 2: 2}
+    mixed, made, named = Mixed(torch.float32, 4, tmp_path, **limits), prompts(4), {0: 0, 1: 1, 2: 2}
     mixed.check(made, named, mixed.generate(made, named, 12, 100))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -660,6 +661,18 @@ def adapted_linears(rows: int, scaled: bool = False) -> None:
             row_scales.scale_rows(out, of_rows, scales[:, : shape.outputs], None, pdl=True)
 
 
+def adapted_router() -> None:
+    """What adapters change of logits of experts, which lie beside that of a shared expert's gate."""
+    from baton.kernels.triton import adapter_rows, low_rank, row_scales
+
+    bank, of_rows = adapter_bank(64), adapter_rows.AdapterRows.make(8, 32, "meta")
+    bank = replace(bank, scales=empty(32, 1 << 17, dtype=torch.float32))
+    logits, hidden = empty(4, 8, 61, dtype=torch.float32), empty(8, 8, 64, dtype=torch.float32)
+    for out in (logits[..., :60], logits[..., 60:]):
+        site = low_rank.BankSite(5, 16, 32, 2048, (out.shape[-1],), 4096)
+        row_scales.add_in_place(low_rank.AddedProduct(bank, site, of_rows, hidden, empty(0)), out, None, pdl=True)
+
+
 def whole_weights_of_adapters() -> None:
     from baton.kernels.triton import whole_weights
 
@@ -776,6 +789,7 @@ CASES: dict[str, Callable[[], None]] = {
     "vocabulary_16": lambda: vocabulary_of_adapters(16),
     "vocabulary_64": lambda: vocabulary_of_adapters(64),
     "whole_weights": whole_weights_of_adapters,
+    "adapted_router": adapted_router,
     "adapted_linear_1": lambda: adapted_linears(1),
     "adapted_linear_16": lambda: adapted_linears(16),
     "adapted_linear_32": lambda: adapted_linears(32),

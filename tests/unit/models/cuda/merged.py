@@ -8,11 +8,21 @@ from dataclasses import replace
 import torch
 
 from baton.kernels import DenseLinear, Linear
-from baton.models.adapters.adapter import PRODUCTS, Adapter, LayerAdapter, LowRank, Parts, adapted_products
+from baton.models.adapters.adapter import (
+    PRODUCTS,
+    ROUTER_PRODUCTS,
+    Adapter,
+    LayerAdapter,
+    LowRank,
+    Parts,
+    adapted_products,
+    router_products,
+)
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.layer_weights import DenseMlpWeights, LatentWeights, LayerWeights, Weights
+from baton.models.layers import describe
 
 SIZE = 0.7
 """Of what an adapter adds, against the product: so that other tokens come of it."""
@@ -60,6 +70,21 @@ def with_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
     return replace(adapter, embedding=pair(3, vocab_size, hidden, 0.3), lm_head=(head,))
 
 
+def with_routers(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With pairs of routers and of gates of shared experts."""
+    generator, layers = torch.Generator().manual_seed(12), []
+
+    def pair(inputs: int, outputs: int) -> LowRank:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((5, inputs), (outputs, 5)))
+        return LowRank(a / inputs**0.5, b)
+
+    for layer, shape in zip(adapter.layers, describe(config), strict=True):
+        products = router_products(shape, config.hidden_size)
+        made = {name: (pair(of.num_inputs, of.num_outputs),) for name, of in products.items()}
+        layers.append(replace(layer, **made))
+    return replace(adapter, layers=tuple(layers))
+
+
 def with_magnitudes(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Whose pairs scale the model's own products, as DoRA does."""
     generator = torch.Generator().manual_seed(10)
@@ -68,7 +93,8 @@ def with_magnitudes(adapter: Adapter, config: ModelConfig) -> Adapter:
         return part and part._replace(row_scale=0.5 + torch.rand(len(part.b), generator=generator))
 
     layers = [
-        LayerAdapter(**{name: tuple(map(scaled, layer.product(name))) for name in PRODUCTS}) for layer in adapter.layers
+        replace(layer, **{name: tuple(map(scaled, layer.product(name))) for name in PRODUCTS + ROUTER_PRODUCTS})
+        for layer in adapter.layers
     ]
     return replace(adapter, layers=tuple(layers), lm_head=tuple(map(scaled, adapter.lm_head)))
 
@@ -83,8 +109,10 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
         attention = replace(attention, qkv=_with(attention.qkv, changes.qkv), o=_with(attention.o, changes.o))
         if isinstance(mlp, DenseMlpWeights):
             mlp = _merged_mlp(mlp, changes)
-        elif mlp.shared is not None:
-            mlp = replace(mlp, shared=_merged_mlp(mlp.shared, changes))
+        else:
+            shared = mlp.shared and _merged_mlp(mlp.shared, changes)
+            gate = mlp.shared_gate and _with(mlp.shared_gate, changes.shared_gate)
+            mlp = replace(mlp, router=_with(mlp.router, changes.router), shared=shared, shared_gate=gate)
         changed: LayerWeights = replace(
             layer,
             attention=attention,

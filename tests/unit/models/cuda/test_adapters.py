@@ -31,6 +31,7 @@ from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
     with_magnitudes,
+    with_routers,
     with_vocabulary,
     with_wholes,
 )
@@ -46,6 +47,8 @@ Edit = Callable[[Adapter, ModelConfig], Adapter]
 
 
 MAGNITUDES = {"adapter_magnitudes": True}
+ROUTERS = {"adapter_routers": True}
+SCALED_ROUTERS = ROUTERS | MAGNITUDES
 
 
 def unchanged(adapter: Adapter, config: ModelConfig) -> Adapter:
@@ -54,6 +57,10 @@ def unchanged(adapter: Adapter, config: ModelConfig) -> Adapter:
 
 def with_scaled_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
     return with_magnitudes(with_vocabulary(adapter, config), config)
+
+
+def with_scaled_routers(adapter: Adapter, config: ModelConfig) -> Adapter:
+    return with_magnitudes(with_routers(adapter, config), config)
 
 
 class Served:
@@ -157,19 +164,25 @@ def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, fam
 
 
 @pytest.mark.parametrize(
-    ("family", "config"),
+    ("family", "config", "edit", "limits"),
     [
-        ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}),
-        ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}),
-        ("deepseek_v2", LATENT | {"q_lora_rank": None}),
+        ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}, unchanged, {}),
+        ("qwen2_moe", {"num_experts": 10, "shared_expert_intermediate_size": 48}, with_routers, ROUTERS),
+        ("qwen2_moe", {"num_experts": 10, "shared_expert_intermediate_size": 48}, with_scaled_routers, SCALED_ROUTERS),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}, with_scaled_routers, SCALED_ROUTERS),
+        ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}, with_routers, ROUTERS),
+        ("deepseek_v2", LATENT | {"q_lora_rank": None}, with_magnitudes, MAGNITUDES),
     ],
 )
-def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_weights(make_model, family, config):
+def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_weights(
+    make_model, family, config, edit, limits
+):
     """Guards products that are launched beside those of dense layers: of shared experts, of rows that are left behind
-    the last layer's attention too, and of latent attention with queries' latents and without."""
+    the last layer's attention too, of routers and gates of which the logits are parts side by side, a bias of a router
+    that is not scaled, and of latent attention with queries' latents and without."""
     sizes = {"v_head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
     config |= sizes | {"num_hidden_layers": 1, "vocab_size": 144}
-    served = Served(make_model(family, **config).folder, fastest, mixed_tokens=1)
+    served = Served(make_model(family, **config).folder, fastest, edit, mixed_tokens=1, **limits)
     run = Ahead(served.late)
     run.adapters = NAMED
     for slot, prompt in PROMPTS.items():
@@ -264,16 +277,19 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
     with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):
         prepare(Adapter(b"", (LayerAdapter(expert_down=(experts,)),)))
-    for family, product, module in (
-        ("qwen2_moe", "router", "mlp.gate"),
-        ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate"),
-        ("deepseek_v3", "kv_up", "self_attn.kv_b_proj"),
+    for family, product, module, reason in (
+        ("qwen2_moe", "router", "mlp.gate", "for which .* --lora-routers"),
+        ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate", "for which .* --lora-routers"),
+        (
+            "deepseek_v3",
+            "kv_up",
+            "self_attn.kv_b_proj",
+            "which only a CPU .* leave 'kv_b_proj' out of target_modules and 'kv_b_proj.weight' out of target_param",
+        ),
     ):
         few = LATENT | {"num_hidden_layers": 1, "num_experts": 4, "head_dim": 16, "q_lora_rank": 32, "v_head_dim": 16}
         of_cpus = BankLayout.of(ModelConfig.from_folder(make_model(family, **few).folder))
-        name = module.rpartition(".")[2]
-        left_out = f"leave '{name}' out of target_modules and '{name}.weight' out of target_parameters"
-        with pytest.raises(AdapterError, match=f"adapts model.layers.0.{module}, which only a CPU .* {left_out}"):
+        with pytest.raises(AdapterError, match=f"adapts model.layers.0.{module}, {reason}"):
             BankSlots(BankShape(of_cpus, 2, 32, torch.bfloat16), LateQueue()).prepare(
                 Adapter(b"", (LayerAdapter(**{product: (pair,)}),))
             )

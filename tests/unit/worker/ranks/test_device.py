@@ -48,6 +48,7 @@ def start() -> RankStart:
         lora_vocabulary=True,
         lora_modules_to_save=True,
         lora_dora=True,
+        lora_routers=True,
     )
     memory = SharedBytes(0, 0, b"")
     return RankStart(
