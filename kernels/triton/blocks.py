@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.triton.launch import cdiv, next_power_of_2, require
+from baton.kernels.triton.launch import Launch, cdiv, next_power_of_2, require
 
 WORD_BYTES = 8
 SLICE, WARPS = 8192, 8  # 64 KiB a program
@@ -79,26 +79,48 @@ def checksum_scratch(max_rows: int, pool: torch.Tensor, row_bytes: int | None = 
     return torch.empty(max_rows, cdiv(words, SLICE), dtype=torch.int64, device=pool.device)
 
 
+class BlockChecksums:
+    """out int64 [n]: the checksums of pool[ids] or, with row_bytes, of so many bytes from the begin of pool[ids] on;
+    each call makes those of the first few."""
+
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        ids: torch.Tensor,
+        scratch: torch.Tensor,
+        out: torch.Tensor,
+        row_bytes: int | None = None,
+    ) -> None:
+        """pool [blocks, ...] of any dtype, contiguous; a block, and a row, have a multiple of 8 bytes. ids int32 or
+        int64 [n]; scratch from checksum_scratch."""
+        blocks = _words(pool)
+        self._most, stride = ids.shape[0], blocks.shape[1]
+        words = stride if row_bytes is None else _num_words(row_bytes)
+        self._parts = parts = cdiv(words, SLICE)
+        sizes = tuple(scratch.shape)
+        require(sizes[0] >= self._most and sizes[1] == parts, f"scratch {sizes} is too small")
+        integers = out.dtype == scratch.dtype == torch.int64
+        require(out.shape == (self._most,) and integers, "out must be int64, one a row")
+        step = min(STEP, next_power_of_2(words))
+        size = min(SLICE, cdiv(words, step) * step)
+        grid, constants = (parts, 1), (words, stride, size, step)
+        self._make_parts = Launch(_checksum_parts_kernel, grid, blocks, ids, scratch, *constants, num_warps=WARPS)
+        constants = words, parts, next_power_of_2(parts)
+        self._end = Launch(_checksum_ends_kernel, (1,), scratch, out, *constants, num_warps=1)
+
+    def __call__(self, count: int) -> None:
+        """Launches those of the first `count` ids."""
+        require(count <= self._most, f"{count} checksums, there is room for {self._most}")
+        if count:
+            self._make_parts.over((self._parts, count))()
+            self._end.over((count,))()
+
+
 def block_checksums(
     pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor, row_bytes: int | None = None
 ) -> None:
-    """out int64 [n]: the checksums of pool[ids] or, with row_bytes, of so many bytes from the begin of pool[ids] on.
-
-    pool [blocks, ...] of any dtype, contiguous; a block, and a row, have a multiple of 8 bytes. ids int32 or int64 [n];
-    scratch from checksum_scratch.
-    """
-    blocks = _words(pool)
-    count, stride = ids.shape[0], blocks.shape[1]
-    words = stride if row_bytes is None else _num_words(row_bytes)
-    parts = cdiv(words, SLICE)
-    require(scratch.shape[0] >= count and scratch.shape[1] == parts, f"scratch {tuple(scratch.shape)} is too small")
-    require(out.shape == (count,) and out.dtype == scratch.dtype == torch.int64, "out must be int64, one a row")
-    if count == 0:
-        return
-    step = min(STEP, next_power_of_2(words))
-    size = min(SLICE, cdiv(words, step) * step)
-    _checksum_parts_kernel[(parts, count)](blocks, ids, scratch, words, stride, size, step, num_warps=WARPS)
-    _checksum_ends_kernel[(count,)](scratch, out, words, parts, next_power_of_2(parts), num_warps=1)
+    """BlockChecksums of all ids, once."""
+    BlockChecksums(pool, ids, scratch, out, row_bytes)(ids.shape[0])
 
 
 def gather_blocks(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor) -> None:

@@ -57,9 +57,16 @@ class Launch:
         """constants: the other arguments of the kernel, and options of its launch."""
         options = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         self._arguments = {name: options.pop(name) for name in kernel.arg_names}
-        self._options, self._grid = options, (*grid, 1, 1)[:3]
-        self._find = kernel[grid]
-        self._compiled: Callable[..., None] | None = None
+        self._kernel, self._options = kernel, options
+        self._found: CompiledKernel | None = None
+        self.over(grid)
+
+    def over(self, grid: tuple[int, ...]) -> Launch:
+        """The same, over another grid from now on."""
+        self._grid = (*grid, 1, 1)[:3]
+        self._find = self._kernel[self._grid]
+        self._compiled: Callable[..., None] | None = None if self._found is None else self._found[self._grid]
+        return self
 
     def __call__(self, **changed: int | torch.Tensor) -> None:
         """changed: by the kernel's names; ValueError for a tensor of another dtype or shape."""
@@ -74,7 +81,7 @@ class Launch:
             return
         found = self._find(*self._arguments.values(), **self._options)
         if aligned and isinstance(found, CompiledKernel):  # None where kernels are interpreted, or only asked for
-            self._compiled = found[self._grid]
+            self._found, self._compiled = found, found[self._grid]
 
     def _require_like(self, before: torch.Tensor, tensor: torch.Tensor) -> None:
         same = tensor.dtype == before.dtype and tensor.shape == before.shape

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from baton.kernels.triton.blocks import block_checksums, checksum_scratch
+from baton.kernels.triton.blocks import BlockChecksums, checksum_scratch
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.node.errors import InvariantBroken
 
@@ -39,19 +39,21 @@ class Checksums:
         """`data`: uint8 [num_blocks, num_units, unit_bytes]; rows, each a unit if not given, and units have a multiple
         of WORD_BYTES."""
         self._num_blocks, num_units, unit_bytes = data.shape
-        num_rows, self._row_bytes = rows or (1, unit_bytes)
-        step = gcd(unit_bytes, self._row_bytes) if num_rows > 1 else unit_bytes
-        self._steps = data.view(-1, step)  # rows begin at these
+        num_rows, row_bytes = rows or (1, unit_bytes)
+        step = gcd(unit_bytes, row_bytes) if num_rows > 1 else unit_bytes
+        steps = data.view(-1, step)  # rows begin at these
         self._steps_per_block = num_units * unit_bytes // step
         first_rows = np.arange(0, self._steps_per_block, unit_bytes // step)
-        self._places = (first_rows[:, None] + np.arange(num_rows) * (self._row_bytes // step)).ravel()  # in a block
+        self._places = (first_rows[:, None] + np.arange(num_rows) * (row_bytes // step)).ravel()  # in a block
         self.max_blocks = min(max_blocks, MAX_ROWS // len(self._places))
         most = self.max_blocks * len(self._places)
-        self._scratch = checksum_scratch(most, self._steps, self._row_bytes)
+        scratch = checksum_scratch(most, steps, row_bytes)
         self._ids = torch.empty(most, dtype=torch.int64, device=data.device)
         self._sums = torch.empty(most, dtype=torch.int64, device=data.device)
         self._host_ids = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
         self._host_sums = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._host_places = self._host_ids.numpy()
+        self._make_sums = BlockChecksums(steps, self._ids, scratch, self._sums, row_bytes)
         self._count = 0
 
     @property
@@ -65,9 +67,9 @@ class Checksums:
             raise InvariantBroken(f"blocks {list(blocks)} of a pool of {self._num_blocks}")
         self._count = count = len(blocks) * len(self._places)
         firsts = np.array(blocks, dtype=np.int64) * self._steps_per_block
-        self._host_ids[:count] = torch.from_numpy((firsts[:, None] + self._places).ravel())
+        self._host_places[:count] = (firsts[:, None] + self._places).ravel()
         self._ids[:count].copy_(self._host_ids[:count], non_blocking=True)
-        block_checksums(self._steps, self._ids[:count], self._scratch, self._sums[:count], self._row_bytes)
+        self._make_sums(count)
         self._host_sums[:count].copy_(self._sums[:count], non_blocking=True)
 
     def result(self) -> bytes:

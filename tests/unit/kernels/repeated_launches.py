@@ -16,6 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from baton.kernels.triton import decode_attention, latent_products, prefill_attention, prefill_gluon, widen
+from baton.kernels.triton.blocks import BlockChecksums, checksum_scratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.latent_decode import latent_decode_attention
 from baton.kernels.triton.latent_prefill import Expanded, latent_prefill_attention
@@ -159,6 +160,19 @@ def latent_weights() -> list[torch.Tensor]:
     return [torch.empty(LATENT_HEADS, 256, 512, dtype=torch.bfloat16) for _ in range(20)]
 
 
+def checksums() -> Callable[[int], Callable[[int], None]]:
+    """Of as many blocks as a layer's number says."""
+    blocks, numbers = torch.empty(4, 1 << 17, dtype=torch.uint8), torch.empty(16, dtype=torch.int64)
+    scratch, sums = checksum_scratch(16, blocks), torch.empty(16, dtype=torch.int64)
+
+    def first(count: int) -> Callable[[int], None]:
+        of_blocks = BlockChecksums(blocks, numbers, scratch, sums)
+        of_blocks(count)
+        return of_blocks
+
+    return first
+
+
 CASES = {
     "decode": lambda: decode(pool()),
     "decode_fp8": lambda: decode(fp8_pool()),
@@ -167,6 +181,7 @@ CASES = {
     "widen": widened,
     "latent_decode": latent_decode,
     "latent_prefill": latent_prefill,
+    "checksums": checksums,
 }
 
 

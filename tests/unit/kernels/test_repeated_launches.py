@@ -52,7 +52,15 @@ def test_what_has_not_changed_is_as_before():
     launch = Launch(kernel, (2,), x, 0, SIZE=4, num_warps=1)
     launch(layer=5)
     launch(layer=7)
-    assert kernel.launched == [((2,), x, 5, 4, {"num_warps": 1}), ((2,), x, 7, 4, {"num_warps": 1})]
+    assert kernel.launched == [((2, 1, 1), x, layer, 4, {"num_warps": 1}) for layer in (5, 7)]
+
+
+def test_a_launch_over_another_grid_stays_over_it():
+    kernel, x = RecordingKernel(), torch.zeros(4)
+    launch = Launch(kernel, (2,), x, 0, SIZE=4)
+    launch.over((3, 5))()
+    launch(layer=1)
+    assert kernel.launched == [((3, 5, 1), x, 0, 4, {}), ((3, 5, 1), x, 1, 4, {})]
 
 
 @pytest.mark.parametrize("other", [torch.zeros(5), torch.zeros(4, dtype=torch.float64), torch.zeros(8)[::2]])
