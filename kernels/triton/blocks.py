@@ -103,10 +103,10 @@ class BlockChecksums:
         require(out.shape == (self._most,) and integers, "out must be int64, one a row")
         step = min(STEP, next_power_of_2(words))
         size = min(SLICE, cdiv(words, step) * step)
-        grid, constants = (parts, 1), (words, stride, size, step)
-        self._make_parts = Launch(_checksum_parts_kernel, grid, blocks, ids, scratch, *constants, num_warps=WARPS)
-        constants = words, parts, next_power_of_2(parts)
-        self._end = Launch(_checksum_ends_kernel, (1,), scratch, out, *constants, num_warps=1)
+        cut = words, stride, size, step
+        self._make_parts = Launch(_checksum_parts_kernel, (parts, 1), blocks, ids, scratch, *cut, num_warps=WARPS)
+        ended = words, parts, next_power_of_2(parts)
+        self._end = Launch(_checksum_ends_kernel, (1,), scratch, out, *ended, num_warps=1)
 
     def __call__(self, count: int) -> None:
         """Launches those of the first `count` ids."""
