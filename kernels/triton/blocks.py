@@ -30,6 +30,7 @@ def _checksum_parts_kernel(
     part_ptr,
     WORDS: tl.constexpr,
     STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
     SLICE: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def _checksum_parts_kernel(
         index = part * SLICE + start + tl.arange(0, STEP)
         inside = index < WORDS
         word = tl.load(pool_ptr + row + index, mask=inside, other=0)
-        odd = (2 * index + 1).to(tl.uint32)
+        odd = (2 * (FIRST + index) + 1).to(tl.uint32)
         low = (word & 0xFFFFFFFF).to(tl.uint32) ^ (odd * 0x9E3779B1)
         high = (word >> 32).to(tl.uint32) ^ (odd * 0x85EBCA77)
         term = (low.to(tl.uint64) * high.to(tl.uint64)).to(tl.int64) + word
@@ -49,13 +50,18 @@ def _checksum_parts_kernel(
 
 
 @triton.jit
-def _checksum_ends_kernel(part_ptr, check_ptr, WORDS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+def _checksum_ends_kernel(
+    part_ptr, check_ptr, WORDS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, MIX: tl.constexpr
+):
     part = tl.arange(0, PARTS_BLOCK)
     parts = tl.load(part_ptr + tl.program_id(0) * PARTS + part, mask=part < PARTS, other=0)
-    x = (tl.sum(parts, 0) + WORDS).to(tl.uint64)
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    tl.store(check_ptr + tl.program_id(0), (x ^ (x >> 31)).to(tl.int64))
+    if MIX:
+        x = (tl.sum(parts, 0) + WORDS).to(tl.uint64)
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        tl.store(check_ptr + tl.program_id(0), (x ^ (x >> 31)).to(tl.int64))
+    else:
+        tl.store(check_ptr + tl.program_id(0), tl.sum(parts, 0))
 
 
 @triton.jit
@@ -81,7 +87,11 @@ def checksum_scratch(max_rows: int, pool: torch.Tensor, row_bytes: int | None = 
 
 class BlockChecksums:
     """out int64 [n]: the checksums of pool[ids] or, with row_bytes, of so many bytes from the begin of pool[ids] on;
-    each call makes those of the first few."""
+    each call makes those of the first few.
+
+    With first_byte each row is a part of a larger one, which begins so far inside it: out has the sums of its terms,
+    which checksum.checksums_of_parts makes checksums of.
+    """
 
     def __init__(
         self,
@@ -90,6 +100,7 @@ class BlockChecksums:
         scratch: torch.Tensor,
         out: torch.Tensor,
         row_bytes: int | None = None,
+        first_byte: int | None = None,
     ) -> None:
         """pool [blocks, ...] of any dtype, contiguous; a block, and a row, have a multiple of 8 bytes. ids int32 or
         int64 [n]; scratch from checksum_scratch."""
@@ -103,9 +114,9 @@ class BlockChecksums:
         require(out.shape == (self._most,) and integers, "out must be int64, one a row")
         step = min(STEP, next_power_of_2(words))
         size = min(SLICE, cdiv(words, step) * step)
-        cut = words, stride, size, step
+        cut = words, stride, _num_words(first_byte or 0), size, step
         self._make_parts = Launch(_checksum_parts_kernel, (parts, 1), blocks, ids, scratch, *cut, num_warps=WARPS)
-        ended = words, parts, next_power_of_2(parts)
+        ended = words, parts, next_power_of_2(parts), first_byte is None
         self._end = Launch(_checksum_ends_kernel, (1,), scratch, out, *ended, num_warps=1)
 
     def __call__(self, count: int) -> None:
@@ -117,10 +128,15 @@ class BlockChecksums:
 
 
 def block_checksums(
-    pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor, row_bytes: int | None = None
+    pool: torch.Tensor,
+    ids: torch.Tensor,
+    scratch: torch.Tensor,
+    out: torch.Tensor,
+    row_bytes: int | None = None,
+    first_byte: int | None = None,
 ) -> None:
     """BlockChecksums of all ids, once."""
-    BlockChecksums(pool, ids, scratch, out, row_bytes)(ids.shape[0])
+    BlockChecksums(pool, ids, scratch, out, row_bytes, first_byte)(ids.shape[0])
 
 
 def gather_blocks(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ give checksums that are near. Against accidents, not against an adversary: a key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,8 +44,19 @@ DigestOf = Callable[[memoryview], bytes]
 
 def unit_checksums(units: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """The checksums [n] of units [n, bytes]; bytes is a multiple of 8."""
-    words = np.ascontiguousarray(units).view("<u8")
-    return np.array([_checksum(unit) for unit in words], dtype=np.uint64)
+    return checksums_of_parts([part_sums(units)], units.shape[1])
+
+
+def part_sums(parts: npt.NDArray[np.uint8], first_byte: int = 0) -> npt.NDArray[np.uint64]:
+    """Sums of the terms [n] of parts [n, bytes] of units, which begin so far inside of these."""
+    words = np.ascontiguousarray(parts).view("<u8")
+    return np.array([_sum_of_terms(part, first_byte // WORD_BYTES) for part in words], dtype=np.uint64)
+
+
+def checksums_of_parts(sums: Sequence[npt.NDArray[np.uint64]], unit_bytes: int) -> npt.NDArray[np.uint64]:
+    """The checksums [n] of units of so many bytes; sums: of the terms [n] of each of their parts."""
+    totals = np.stack(sums).sum(axis=0, dtype=np.uint64) + np.uint64(unit_bytes // WORD_BYTES)
+    return np.array([_mix(total) for total in totals.tolist()], dtype=np.uint64)
 
 
 def xxh3(block: memoryview, num_units: int = 1) -> bytes:
@@ -76,16 +87,16 @@ def digest_by(name: DigestName, num_units: int) -> DigestOf:
     return partial({"xxh3": xxh3, "sum64": sum64}[name], num_units=num_units)
 
 
-def _checksum(words: npt.NDArray[np.uint64]) -> int:
-    """Of one block [words], piece by piece."""
-    total = len(words)
+def _sum_of_terms(words: npt.NDArray[np.uint64], first: int) -> int:
+    """Of words [n], of which the first has this number in its unit; modulo 2**64, piece by piece."""
+    total = 0
     for start in range(0, len(words), PIECE_WORDS):
-        piece = words[start : start + PIECE_WORDS]
+        piece, before = words[start : start + PIECE_WORDS], 2 * (first + start)
         halves = piece.view("<u4")
-        low = halves[0::2] ^ (_A[: len(piece)] + np.uint32(2 * start * FACTOR_A % (1 << 32)))
-        high = halves[1::2] ^ (_B[: len(piece)] + np.uint32(2 * start * FACTOR_B % (1 << 32)))
+        low = halves[0::2] ^ (_A[: len(piece)] + np.uint32(before * FACTOR_A % (1 << 32)))
+        high = halves[1::2] ^ (_B[: len(piece)] + np.uint32(before * FACTOR_B % (1 << 32)))
         total += int(np.multiply(low, high, dtype=np.uint64).sum()) + int(piece.sum())
-    return _mix(total % (1 << 64))
+    return total % (1 << 64)
 
 
 def _mix(x: int) -> int:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from baton.kvtransfer.blocks.device_copies import DeviceCopies, UnitPart
 from baton.kvtransfer.blocks.device_pool import DevicePool
 from baton.kvtransfer.blocks.layer_digests import layer_digests
 from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.rank_copies import RankCopies
+from baton.kvtransfer.blocks.stage_copies import StageCopies
 from baton.kvtransfer.reshard import Cut
 
 Padding = Callable[[KVLayout], int]
@@ -36,7 +39,7 @@ class DeviceStagePools:
 
     def __init__(self, cut: Cut, layout: KVLayout, num_blocks: int, gpus: Sequence[int], padding: Padding) -> None:
         """`layout`: of all units and layers. Raises SettingsError as DevicePool does."""
-        self.cut, self.num_blocks = cut, num_blocks
+        self.cut, self.num_blocks, self._layout = cut, num_blocks, layout
         layouts = stage_layouts(cut, layout, padding)
         self.pools = tuple(DevicePool(part, num_blocks, gpu) for part, gpu in zip(layouts, gpus, strict=True))
 
@@ -46,6 +49,22 @@ class DeviceStagePools:
 
     def layers_digest(self, blocks: Sequence[int]) -> bytes:
         return self.digests([blocks])[0]
+
+    def copies(self) -> RankCopies:
+        """To and from the host's store, whose records are those of a worker with one pool."""
+        ranks = []
+        for rank in range(self.cut.ranks):
+            pools = self.pools[rank :: self.cut.ranks]
+            stages = [
+                DeviceCopies(pool.memory, self._part(layers))
+                for pool, layers in zip(pools, self.cut.layers, strict=True)
+            ]
+            ranks.append(StageCopies(stages, replace(self._layout, num_units=len(self.cut.units(rank)))))
+        return RankCopies(ranks, self.cut)
+
+    def _part(self, layers: range) -> UnitPart:
+        layer_bytes = self._layout.layer_bytes
+        return UnitPart(layers.start * layer_bytes, len(layers) * layer_bytes, self._layout.unit_bytes)
 
     def close(self) -> None:
         for pool in self.pools:

@@ -27,6 +27,8 @@ class UnitRows(NamedTuple):
 
     num_rows: int
     row_bytes: int
+    first_byte: int | None = None
+    """Of a larger unit, of which the row is a part: sums are of its terms (checksum.checksums_of_parts)."""
 
 
 class Checksums:
@@ -39,7 +41,7 @@ class Checksums:
         """`data`: uint8 [num_blocks, num_units, unit_bytes]; rows, each a unit if not given, and units have a multiple
         of WORD_BYTES."""
         self._num_blocks, num_units, unit_bytes = data.shape
-        num_rows, row_bytes = rows or (1, unit_bytes)
+        num_rows, row_bytes, first_byte = rows or UnitRows(1, unit_bytes)
         step = gcd(unit_bytes, row_bytes) if num_rows > 1 else unit_bytes
         steps = data.view(-1, step)  # rows begin at these
         self._steps_per_block = num_units * unit_bytes // step
@@ -53,7 +55,7 @@ class Checksums:
         self._host_ids = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
         self._host_sums = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
         self._host_places = self._host_ids.numpy()
-        self._make_sums = BlockChecksums(steps, self._ids, scratch, self._sums, row_bytes)
+        self._make_sums = BlockChecksums(steps, self._ids, scratch, self._sums, row_bytes, first_byte)
         self._count = 0
 
     @property

@@ -17,7 +17,8 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, LayerMemory, PoolMemory
 from baton.kvtransfer.blocks.digest import Checksums
-from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing, RunSeries, evenly_spaced
+from baton.kvtransfer.blocks.run_copies import copy_runs_async
+from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing
 from baton.kvtransfer.planes.cuda_ipc import Exported
 from baton.kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
 from baton.node.errors import PeerLost
@@ -92,8 +93,7 @@ class CudaPullEngine:
     def pull(self, pointer: int, runs: Sequence[BlockRun], blocks: Sequence[int]) -> int:
         cudart.use_device(self._memory.device_index)
         try:
-            for series in evenly_spaced(runs, cudart.MAX_PITCH):
-                self._copy(series, pointer)
+            copy_runs_async(self._memory.pointer, pointer, runs, self._stream)
             event = self._events.pop() if self._events else cudart.create_event()
             checksums = self._digest(blocks, event)
             if checksums is None:
@@ -135,14 +135,6 @@ class CudaPullEngine:
         self._copies.clear()
         cudart.destroy_stream(self._stream)
         self._stream = 0
-
-    def _copy(self, series: RunSeries, pointer: int) -> None:
-        first, num_runs, source_step, target_step = series
-        source, target = pointer + first.source, self._memory.pointer + first.target
-        if num_runs == 1:
-            cudart.copy_async(target, source, first.length, self._stream)
-        else:
-            cudart.copy_rows_async(target, source, (target_step, source_step), first.length, num_runs, self._stream)
 
     def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
         """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from baton.kvtransfer.blocks.checksum import sum64
-from baton.kvtransfer.blocks.copies import Pair
+from baton.kvtransfer.blocks.copies import Copies, Pair
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
@@ -163,6 +163,48 @@ def test_pools_of_ranks_save_and_load_records_of_the_model() -> None:
         each.close()
     for memory in (*wrote, *read):
         memory.close()
+
+
+def test_pools_of_stages_save_and_load_records_of_the_model() -> None:
+    """Guards what a worker with one pool puts for one with stages to find, and the other way: each stage copies its
+    layers of a record, and digests are of the record, with its padding."""
+    from baton.kvtransfer.blocks.device_copies import DeviceCopies
+    from baton.kvtransfer.blocks.device_pool import DevicePool
+    from baton.kvtransfer.blocks.device_stage_pools import DeviceStagePools
+    from baton.kvtransfer.blocks.layout import KVLayout
+    from baton.kvtransfer.reshard import Cut
+
+    layout = KVLayout.of_model(
+        num_layers=10, kv_heads=4, head_dim=64, block_tokens=16, dtype="bfloat16", padding_bytes=4096
+    )
+    whole, host = DevicePool(layout, 6, 0), HostMemory(8, layout.block_bytes, layout.num_units)
+    whole.memory.data[:, :, : 10 * layout.layer_bytes].random_(0, 256)
+    torch.cuda.synchronize()
+    stages = DeviceStagePools(Cut.even(4, 1, 10, 3), layout, 6, [0, 0, 0], lambda part: part.layer_bytes)
+    of_whole, of_stages = DeviceCopies(whole.memory), stages.copies()
+    lock = of_whole.lock(host.view)
+    wait_until(lock.ready)
+
+    def ended(copies: Copies, copy: int) -> list[bytes]:
+        digests: list[list[bytes]] = []
+
+        def done() -> bool:
+            found = copies.ended(copy)
+            digests.extend([] if found is None else [found])
+            return bool(digests)
+
+        wait_until(done)
+        return digests[0]
+
+    saved = ended(of_whole, of_whole.begin_save([Pair(block, host.block(block)) for block in (3, 4, 0)]))
+    assert ended(of_stages, of_stages.begin_load([Pair(block, host.block(block)) for block in (3, 4, 0)])) == saved
+    host.view[5 * layout.block_bytes :] = b"x" * (3 * layout.block_bytes)
+    pairs = [Pair(block, host.block(place)) for block, place in ((3, 5), (4, 6), (0, 7))]
+    assert ended(of_stages, of_stages.begin_save(pairs)) == saved
+    assert [bytes(host.block(place)) for place in (5, 6, 7)] == [bytes(host.block(block)) for block in (3, 4, 0)]
+    assert stages.digests([[3, 4], [0]]) == [whole.layers_digest(blocks) for blocks in ([3, 4], [0])]
+    for each in (of_whole, of_stages, lock, whole, stages):
+        each.close()
 
 
 def test_a_flipped_bit_changes_the_digest(copying: Bench) -> None:

@@ -251,6 +251,7 @@ def whole_blocks() -> None:
     blocks.block_checksums(units, ids, blocks.checksum_scratch(16, units), sums)
     steps = empty(512 * 32 * 2, 64, 128)  # half of a layer, as padding may be
     blocks.block_checksums(steps, ids, blocks.checksum_scratch(16, steps, layer_bytes), sums, layer_bytes)
+    blocks.block_checksums(units, ids, blocks.checksum_scratch(16, units, layer_bytes), sums, layer_bytes, layer_bytes)
     blocks.gather_blocks(units, ids, units)
     blocks.scatter_blocks(units, ids, units)
 

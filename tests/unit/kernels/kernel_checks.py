@@ -601,6 +601,10 @@ def check_rows(device: str, step_words: int, row_words: int) -> None:
     blocks.block_checksums(pool, places, blocks.checksum_scratch(3, pool, size), checks, size)
     rows = torch.stack([raw.flatten()[place * step_words * 8 :][:size] for place in places.tolist()])
     assert checks.cpu().numpy().view("uint64").tolist() == checksum.unit_checksums(rows.numpy()).tolist()
+    for first_byte in (0, 8 * 1001):
+        blocks.block_checksums(pool, places, blocks.checksum_scratch(3, pool, size), checks, size, first_byte)
+        expected = checksum.part_sums(rows.numpy(), first_byte)
+        assert checks.cpu().numpy().view("uint64").tolist() == expected.tolist()
 
 
 def check_step_inputs(device: str, num_rows: int, width: int, block_tokens: int) -> None:

@@ -77,7 +77,7 @@ def test_every_kernel_fits_in_shared_memory(kernels):
     [
         ("small", 5),
         ("keys_and_values", 2),
-        ("blocks", 6),
+        ("blocks", 8),
         ("sampling", 4),
         ("ranks_2", 6),
         ("step_inputs", 2),

@@ -6,7 +6,15 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kvtransfer.blocks.checksum import FACTOR_A, FACTOR_B, PIECE_WORDS, digest_by, unit_checksums
+from baton.kvtransfer.blocks.checksum import (
+    FACTOR_A,
+    FACTOR_B,
+    PIECE_WORDS,
+    checksums_of_parts,
+    digest_by,
+    part_sums,
+    unit_checksums,
+)
 
 
 def as_block(data: bytes) -> np.ndarray:
@@ -62,6 +70,14 @@ def test_pieces_make_no_difference(words):
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         assert int(unit_checksums(block[None].view(np.uint8))[0]) == x ^ x >> 31
+
+
+@pytest.mark.parametrize("at", [1, 7, PIECE_WORDS + 5, 2 * PIECE_WORDS + 2])
+def test_checksums_of_parts_are_those_of_the_whole(at):
+    """Guards against parts that are summed up as if each were the first of its unit."""
+    units = np.random.default_rng(at).integers(0, 256, (3, 8 * (2 * PIECE_WORDS + 3)), dtype=np.uint8)
+    parts = [part_sums(units[:, : 8 * at]), part_sums(units[:, 8 * at :], 8 * at)]
+    assert checksums_of_parts(parts, units.shape[1]).tolist() == unit_checksums(units).tolist()
 
 
 def test_each_digest_name_has_a_fixed_definition():
