@@ -30,6 +30,7 @@ from baton.tests.unit.models.cuda.merged import (
     with_magnitudes,
     with_routers,
     with_vocabulary,
+    with_wholes,
 )
 
 pytestmark = pytest.mark.gpu
@@ -153,7 +154,7 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(rows)
 
 class Mixed:
     """A runner of the demo model, or of a folder's, with three adapters in four slots; the first and the third have
-    pairs of the vocabulary, and magnitudes, where slots have room for them."""
+    pairs of the vocabulary, magnitudes, and whole copies, where slots have room for them."""
 
     def __init__(self, dtype: torch.dtype, max_rows: int, folder: Path | None = None, **limits) -> None:
         self.folder, self.most_drafts = folder or locate_model("demo"), limits.get("most_drafts", 0)
@@ -168,6 +169,9 @@ class Mixed:
         if limits.get("adapter_vocabulary"):
             first, second, third = self.adapters
             self.adapters = [with_vocabulary(first, self.config), second, with_vocabulary(third, self.config)]
+        if limits.get("adapter_wholes"):
+            first, second, third = self.adapters
+            self.adapters = [with_wholes(first, self.config), second, with_wholes(third, self.config)]
         if limits.get("adapter_routers"):
             self.adapters = [with_routers(adapter, self.config) for adapter in self.adapters]
         if limits.get("adapter_magnitudes"):
@@ -219,6 +223,7 @@ class Mixed:
         (100, {"adapter_vocabulary": True}),
         (300, {"adapter_vocabulary": True, "most_drafts": 4}),
         (100, {"adapter_magnitudes": True, "adapter_vocabulary": True}),
+        (300, {"adapter_wholes": True}),
     ],
 )
 def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
@@ -273,7 +278,9 @@ def test_deterministic_tokens_do_not_depend_on_the_batch(limits):
             assert run.generated(slot)[:24] == together[slot], slot
 
 
-@pytest.mark.parametrize("limits", [{}, {"adapter_vocabulary": True}, {"adapter_magnitudes": True}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"adapter_vocabulary": True}, {"adapter_magnitudes": True}, {"adapter_wholes": True}]
+)
 def test_slots_are_filled_beside_steps(limits):
     """Guards against a fill that steps of other slots see, one that a step waits for, and pairs that a slot had."""
     mixed, made = Mixed(BF16, 8, deterministic=True, **limits), prompts(6)
