@@ -7,6 +7,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+
+Places = Sequence[int] | npt.NDArray[np.int64]
 
 
 class BlockRun(NamedTuple):
@@ -37,21 +40,21 @@ class RowSpacing(NamedTuple):
         """Of a pool of so many bytes."""
         return size_bytes // self.group_bytes * self.group_rows
 
-    def places(self, rows: Sequence[int]) -> list[int]:
+    def places(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
         """Bytes from the begin of the pool to each of these rows."""
         group, row = np.divmod(np.array(rows, dtype=np.int64), self.group_rows)
-        return (group * self.group_bytes + row * self.row_bytes).tolist()
+        return group * self.group_bytes + row * self.row_bytes
 
 
-def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[BlockRun]:
+def common_runs(source: Places, target: Places, step: int = 1) -> list[BlockRun]:
     """The fewest runs that move source[i] to target[i] for every i, in order; neighbours are `step` apart."""
     if len(source) != len(target):
         raise ValueError(f"{len(source)} places become {len(target)}")
-    places = np.array([source, target], dtype=np.int64)  # [2, n]
-    apart = np.flatnonzero((np.diff(places) != step).any(axis=0)) + 1
+    theirs, ours = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)
+    apart = np.flatnonzero((np.diff(theirs) != step) | (np.diff(ours) != step)) + 1
     bounds = [0, *apart.tolist(), len(source)]
     return [
-        BlockRun(int(source[first]), int(target[first]), end - first) for first, end in pairwise(bounds) if end > first
+        BlockRun(int(theirs[first]), int(ours[first]), end - first) for first, end in pairwise(bounds) if end > first
     ]
 
 

@@ -72,6 +72,6 @@ def check_posting(num_blocks: int, blocks: Sequence[int], source: Sequence[int] 
     """Raise InvariantBroken unless `blocks` names one or more blocks of the local pool, and `source` as many."""
     if not blocks or (source is not None and len(source) != len(blocks)):
         raise InvariantBroken(f"{len(blocks)} blocks cannot be a chunk of {source and len(source)}")
-    for block in blocks:
+    for block in (min(blocks), max(blocks)):
         if not 0 <= block < num_blocks:
             raise InvariantBroken(f"block {block} is posted in a pool of {num_blocks}")

@@ -232,8 +232,11 @@ class ShardedPlane:
         """The numbers of these units of each block in a rank's pool of units, or of their layers in that of layers."""
         per_block, per_unit = len(cut.units(rank.rank)), len(cut.layers[rank.stage])
         firsts = [block * per_block + first_unit for block in blocks]
-        units = [unit for first in firsts for unit in range(first, first + num_units)]
-        return [unit * per_unit + layer for unit in units for layer in layers] if self._by_layer else units
+        if not self._by_layer:
+            return [unit for first in firsts for unit in range(first, first + num_units)]
+        units = np.add.outer(np.array(firsts, dtype=np.int64), np.arange(num_units))  # of many rows
+        rows: list[int] = np.add.outer(units * per_unit, np.arange(layers.start, layers.stop)).ravel().tolist()
+        return rows
 
     def _begin(
         self, key: ChunkKey, sending: bool, pieces: Sequence[tuple[int, Piece]], blocks: Sequence[int] = ()

@@ -20,6 +20,7 @@ MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_BLOCKS, MAX_OFFER_BLOCKS = 1 << 16, 1 << 12
+MAX_BLOCK_ID = (1 << 31) - 1
 MAX_EVENT_BLOCKS = 1 << 13
 """Hashes in one list of a message about KV events."""
 
@@ -29,6 +30,7 @@ Digest = Annotated[bytes, Meta(max_length=32)]
 TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
+BlockId = Annotated[int, Meta(ge=0, le=MAX_BLOCK_ID)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 Role = Literal["prefill", "decode", "mixed"]
 """A mixed worker is a decode worker that also computes prompts for others."""

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from baton.node.messages.base import (
     MAX_OFFER_BLOCKS,
+    BlockId,
     Count,
     Message,
     Name,
@@ -79,7 +80,7 @@ class Offer(Message, tag="Offer", kw_only=True):
     transfer_id: TransferId
     seq: Count
     first_block: Count
-    source: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFER_BLOCKS)]
+    source: Annotated[tuple[BlockId, ...], Meta(min_length=1, max_length=MAX_OFFER_BLOCKS)]
     """Block ids in the sender's pool, for planes that pull."""
     digest: Annotated[bytes, Meta(min_length=8, max_length=16)]
 

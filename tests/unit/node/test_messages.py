@@ -309,6 +309,7 @@ def test_a_dispatch_body_out_of_bounds_is_refused(fields: dict[str, Any]) -> Non
         ("PromptLogprobs", {"entries": [[-1.0, 1]] * 1025}),
         ("PromptLogprobs", {"entries": [[-1.0, 0]]}),
         ("Tokens", {"finish": "abort"}),
+        ("Offer", {"source": [1 << 31]}),
         ("Ack", {"transfer_id": b"x" * 15}),
         ("Ack", {"transfer_id": "x" * 16}),
         ("Ping", {"incarnation": 2**64 - 1}),

@@ -15,6 +15,7 @@ from baton.kvtransfer.planes.base import ChunkKey, choose
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
 from baton.kvtransfer.planes.sharded import ShardedPlane
 from baton.kvtransfer.reshard import Cut
+from baton.node.messages.base import MAX_BLOCK_ID
 from baton.tests.unit.kvtransfer.planes.test_cuda_ipc_plane import FakeEngine
 
 UNITS, LAYERS, BLOCKS, LAYER_BYTES = 4, 5, 6, 24
@@ -144,6 +145,18 @@ def test_whole_blocks_are_preferred():
     assert choose(own[:1], [staged.plane.describe()]) is None
     for worker in (one, other, staged):
         worker.close()
+
+
+def test_blocks_beyond_a_peers_pool_fail_their_receive():
+    """Guards against numbers of a peer's rows that no array of integers holds, for the largest block of an Offer."""
+    driver: dict[bytes, HostMemory] = {}
+    sender, receiver = Worker(Shape(2, 1, (0, 0)), driver), Worker(Shape(1, 2, (0,)), driver)
+    receiver.plane.connect("prefill/1", sender.plane.describe())
+    receiver.plane.post_receive("prefill/1", KEY, [MAX_BLOCK_ID], [0])
+    assert [done.ok for done in receiver.plane.poll()] == [False]
+    assert not any(engine.copies for engine in receiver.engines)
+    sender.close()
+    receiver.close()
 
 
 def test_nothing_is_mapped_before_it_is_used():
