@@ -28,7 +28,8 @@ from baton.kernels.triton.row_scales import add_in_place
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
 from baton.models.batch import Row
-from baton.models.cuda.adapter_bank import BankLayout, BankSlots
+from baton.models.cuda.adapter_bank import BankSlots
+from baton.models.cuda.adapter_layout import BankLayout
 from baton.models.cuda.queue import Queue, Upload, aligned
 
 NONE = -1

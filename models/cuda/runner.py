@@ -22,7 +22,8 @@ from baton.kernels.triton.pool import PagedPool
 from baton.models.adapters.slots import NO_SLOTS, AdapterSlots
 from baton.models.batch import DeviceTime, Draw, Launched, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots, WholeShape
+from baton.models.cuda.adapter_bank import BankSlots
+from baton.models.cuda.adapter_layout import BankLayout, BankShape, WholeShape
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.chunk_steps import CHUNK_SEQUENCES, ChunkSteps
 from baton.models.cuda.chunk_upload import ChunkUpload

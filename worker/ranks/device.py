@@ -21,7 +21,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankShape, WholeShape
+from baton.models.cuda.adapter_layout import BankLayout, BankShape, WholeShape
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.peers import DevicePeers, RankMemory

@@ -17,7 +17,8 @@ from baton.models.adapters.modules import EMBEDDING, LM_HEAD
 from baton.models.adapters.token_rows import ENDING, take_token_rows
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.adapter_bank import BankLayout, BankShape, BankSlots
+from baton.models.cuda.adapter_bank import BankSlots
+from baton.models.cuda.adapter_layout import BankLayout, BankShape
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.runner import CudaRunner
