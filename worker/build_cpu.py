@@ -207,6 +207,7 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int, draft: P
         lora_vocabulary=settings.lora_vocabulary,
         lora_modules_to_save=settings.lora_modules_to_save,
         lora_routers=settings.lora_routers,
+        lora_experts=settings.lora_experts,
         lora_dora=settings.lora_dora,
         draft="" if draft is None else str(draft),
     )

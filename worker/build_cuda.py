@@ -145,6 +145,7 @@ def _load(
         adapter_vocabulary=settings.lora_vocabulary,
         adapter_wholes=settings.lora_modules_to_save,
         adapter_routers=settings.lora_routers,
+        adapter_experts=settings.lora_experts,
         adapter_magnitudes=settings.lora_dora,
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)

@@ -114,6 +114,11 @@ class WorkerSettings(EngineSettings):
         help="on a GPU: room in each slot of --max-loras for low-rank pairs of routers, and gates of shared experts; "
         "on a CPU adapters may always have them",
     )
+    lora_experts: bool = option(
+        False,
+        help="on a GPU: room in each slot of --max-loras for low-rank pairs of routed experts, which may be gigabytes; "
+        "on a CPU adapters may always have them",
+    )
     lora_dora: bool = option(
         False,
         help="on a GPU: room in each slot of --max-loras for magnitudes (DoRA); on a CPU adapters may always have them",

@@ -96,11 +96,11 @@ class BankSlots:
             )
         if self.bank.scales is None and any(pair.row_scale is not None for pair in adapter.pairs):
             raise AdapterError("has magnitudes (DoRA), for which slots on a GPU have room with --lora-dora")
-        if experts := _expert_bytes(adapter, self.bank.numbers.dtype):
+        experts = _expert_bytes(adapter, self.bank.numbers.dtype)
+        if experts and not any(self._layout.experts):
             raise AdapterError(
-                f"adapts routed experts, which only a CPU computes with: their pairs are {experts:,} bytes, a slot has "
-                f"{self.bank.numbers[0].nbytes:,} and room for none of them; leave them out of target_modules and "
-                "target_parameters"
+                f"adapts routed experts, for which slots on a GPU have room with --lora-experts: their pairs are "
+                f"{experts:,} bytes, a slot has {self.bank.numbers[0].nbytes:,} now"
             )
         for module, (number, product) in self._layout.without.items():
             if adapter.layers[number].product(product):
@@ -115,9 +115,11 @@ class BankSlots:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))
         layout = self._layout
-        numbers = self._host_memory(rank * (layout.unit_size if of_vocabulary else layout.layers_size))
+        used = layout.vocabulary_end if of_vocabulary else layout.layers_size
+        numbers = self._host_memory(rank * (layout.unit_size if experts else used))
         ranks = self._copies.host_buffer(layout.num_sites)
-        for index, (sites, layer) in enumerate(zip(layout.sites, adapter.layers, strict=True)):
+        for index, layer in enumerate(adapter.layers):
+            sites = {**layout.sites[index], **layout.experts[index]}
             for name in ALL_PRODUCTS:
                 parts = layer.product(name)
                 if any(part is not None for part in parts):
@@ -199,14 +201,15 @@ def _expert_bytes(adapter: Adapter, dtype: torch.dtype) -> int:
 
 
 def _put(parts: Parts, site: BankSite, rank: int, numbers: torch.Tensor) -> None:
-    """Into an image that is zero."""
+    """Into an image that is zero; of routed experts pairs of all that the rank holds."""
     k, n = site.inputs, site.ends[-1]
-    a = numbers[rank * site.a_offset :][: len(parts) * rank * k].view(len(parts), rank, k)
-    b = numbers[rank * site.b_offset :][: n * rank].view(n, rank)
-    for part, of_a, of_b in zip(parts, a, _cut(b, site.ends), strict=True):
+    count = (site.b_offset - site.a_offset) // (len(parts) * k)
+    a = numbers[rank * site.a_offset :][: count * len(parts) * rank * k].view(count, len(parts), rank, k)
+    b = numbers[rank * site.b_offset :][: count * n * rank].view(count, n, rank)
+    for part, of_a, begin, end in zip(parts, a.unbind(1), (0, *site.ends), site.ends, strict=False):
         if part is not None:
-            of_a[: part.rank] = part.a
-            of_b[:, : part.rank] = part.b
+            of_a[:, : part.rank] = part.a
+            b[:, begin:end, : part.rank] = part.b
 
 
 def _put_embedding(pair: LowRank, site: BankSite, rank: int, numbers: torch.Tensor) -> None:

@@ -11,11 +11,18 @@ import torch
 
 from baton.kernels.triton.low_rank import RANK_STEP, AdapterBank, BankSite
 from baton.kernels.triton.whole_weights import EMBEDDING, FIRST_NORM, HEAD, WholeWeights
-from baton.models.adapters.adapter import ROUTER_PRODUCTS, Adapter, layer_products, router_products
+from baton.models.adapters.adapter import (
+    ROUTER_PRODUCTS,
+    AdaptedProduct,
+    Adapter,
+    expert_products,
+    layer_products,
+    router_products,
+)
 from baton.models.adapters.modules import optional_modules
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import aligned
-from baton.models.layers import describe
+from baton.models.layers import ExpertsMlp, describe
 from baton.models.partition import WHOLE, Rank
 from baton.node.errors import SettingsError
 
@@ -38,8 +45,13 @@ class BankLayout:
     """By layer and by the names of PRODUCTS, and of ROUTER_PRODUCTS where slots have room for them."""
     vocabulary: VocabularySites | None
     """None: slots have no room for them."""
+    experts: tuple[Mapping[str, BankSite], ...]
+    """By layer and by the names of EXPERT_PRODUCTS, of one expert: A of all that the rank holds, then B of all. Empty
+    where slots have no room for them."""
     layers_size: int
-    """Elements of a slot for each unit of rank, but those of `vocabulary`, which lie behind."""
+    """Elements of a slot for each unit of rank, but those of `vocabulary` and of `experts`, which lie behind."""
+    vocabulary_end: int
+    """With those of `vocabulary`."""
     unit_size: int
     """Elements of a slot for each unit of rank."""
     num_outputs: int
@@ -49,22 +61,24 @@ class BankLayout:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, rank: Rank = WHOLE, *, vocabulary: bool = False, routers: bool = False
+        cls,
+        config: ModelConfig,
+        rank: Rank = WHOLE,
+        *,
+        vocabulary: bool = False,
+        routers: bool = False,
+        experts: bool = False,
     ) -> BankLayout:
         """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head. routers: of
-        routers and gates of shared experts. SettingsError for products that the kernels do not take."""
+        routers and gates of shared experts. experts: of routed experts. SettingsError for products that the kernels do
+        not take."""
         layers, end, count, outputs = [], 0, 0, 0
         for shape in describe(config, rank):
             sites, products = {}, layer_products(shape, config.hidden_size)
             if routers:
                 products |= router_products(shape, config.hidden_size)
             for name, product in products.items():
-                k, ends = product.num_inputs, tuple(accumulate(product.outputs))
-                if any(size % RANK_STEP for size in (k, *(() if name in ROUTER_PRODUCTS else ends))):
-                    raise SettingsError(
-                        f"--max-loras: on a GPU the sizes of adapted products must be multiples of {RANK_STEP}, "
-                        f"those of {name} are {k} and {list(product.outputs)}"
-                    )
+                k, ends = _sizes(name, product)
                 sites[name] = BankSite(count, end, end + len(ends) * k, k, ends, outputs)
                 end += len(ends) * k + ends[-1]
                 count += 1
@@ -82,17 +96,41 @@ class BankLayout:
             head = BankSite(count + 1, behind, behind + hidden, hidden, (logits,), outputs)
             vocab_sites = VocabularySites(embedding, head)
             outputs += logits
+            count += 2
             end = behind + hidden + logits
+        vocabulary_end, of_experts = end, []
+        for shape in describe(config, rank):
+            sites = {}
+            if experts and isinstance(shape.mlp, ExpertsMlp):
+                held = len(shape.mlp.experts)
+                for name, product in expert_products(shape, hidden).items():
+                    k, ends = _sizes(name, product)
+                    sites[name] = BankSite(count, end, end + held * len(ends) * k, k, ends)
+                    end += held * (len(ends) * k + ends[-1])
+                    count += 1
+            of_experts.append(sites)
         without = {
             module: (place.layer, place.product)
             for module, place in optional_modules(config).items()
             if place.product not in layers[place.layer]
         }
-        return cls(tuple(layers), vocab_sites, layers_size, end, outputs, without)
+        sizes = layers_size, vocabulary_end, end, outputs
+        return cls(tuple(layers), vocab_sites, tuple(of_experts), *sizes, without)
 
     @property
     def num_sites(self) -> int:
-        return sum(map(len, self.sites)) + len(self.vocabulary or ())
+        return sum(map(len, (*self.sites, *self.experts))) + len(self.vocabulary or ())
+
+
+def _sizes(name: str, product: AdaptedProduct) -> tuple[int, tuple[int, ...]]:
+    """Inputs, and where the outputs of each part end."""
+    k, ends = product.num_inputs, tuple(accumulate(product.outputs))
+    if any(size % RANK_STEP for size in (k, *(() if name in ROUTER_PRODUCTS else ends))):
+        raise SettingsError(
+            f"--max-loras: on a GPU the sizes of adapted products must be multiples of {RANK_STEP}, "
+            f"those of {name} are {k} and {list(product.outputs)}"
+        )
+    return k, ends
 
 
 @dataclass(frozen=True, slots=True)

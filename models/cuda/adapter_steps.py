@@ -13,6 +13,7 @@ import torch
 
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
 from baton.kernels.triton.embedding_pairs import embed_pairs
+from baton.kernels.triton.expert_pairs import ExpertPairs
 from baton.kernels.triton.low_rank import (
     AHEAD_ROWS,
     FEW_ROWS,
@@ -120,6 +121,17 @@ class AdapterSteps:
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
         ahead = is_ahead(site.inputs, num_rows, deterministic=self._deterministic)
         return shrink(x, self._slots.bank, site, rows, hidden, self._apart, ahead=ahead, beside=beside, pdl=pdl)
+
+    @property
+    def expert_width(self) -> int:
+        """Numbers of a token's choice between both halves of what adapters add to experts; 0: they adapt none."""
+        sites = (site for of_layer in self._layout.experts for site in of_layer.values())
+        return max(map(self._slots.bank.rank_width, sites), default=0)
+
+    def expert_pairs(self, layer: int, name: str, rows: AdapterRows) -> ExpertPairs | None:
+        """What adapters add to a product of a layer's experts; None: slots have no room for it."""
+        site = self._layout.experts[layer].get(name)
+        return None if site is None else ExpertPairs(self._slots.bank, site, rows.adapters)
 
     def embed(self, tokens: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> None:
         """Launches what adapters have in place of the model's embedding of tokens, int32 [N], and what they add to it,

@@ -74,7 +74,8 @@ class DeviceDecoder:
         self._act = Activations.make(config, qkv, mlp_width, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
         self._latent = LatentLayers(weights, max_tokens, max_drawn) if config.latent else None
-        self._experts = plan_experts(weights, policy, max_tokens)
+        pair_width = 0 if adapters is None else adapters.expert_width
+        self._experts = plan_experts(weights, policy, max_tokens, pair_width)
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         tables = {rope: rope_tables(rope, max_len, device) for rope in ropes}
         self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]

@@ -14,13 +14,14 @@ import torch
 
 from baton.kernels import DenseLinear, ExpertLinears
 from baton.kernels.triton import experts_policy
+from baton.kernels.triton.expert_pairs import ExpertPairs
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.route import Routes, choose, router
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.models.cuda.products import PADDING, Policy, invariant
 from baton.models.cuda.products.experts_dense import DenseExperts
 from baton.models.cuda.products.experts_scaled import ScaledExperts
-from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.models.cuda.products.experts_sizes import ExpertsSizes, Room
 from baton.models.cuda.step_products import StepProducts
 from baton.models.families import SILU
 from baton.models.layer_weights import ExpertsWeights, Weights
@@ -31,14 +32,25 @@ from baton.node.errors import InvariantBroken, SettingsError
 class ExpertProducts(Protocol):
     """Products with experts of one format, captured in graphs: nothing is allocated and nothing waits."""
 
-    def tile_rows(self, num_tokens: int) -> int:
-        """Of the tiles in which so many tokens are multiplied."""
+    room: Room
+    """For the most tokens."""
+
+    def tile_rows(self, num_tokens: int, *, adapted: bool = False) -> int:
+        """Of the tiles in which so many tokens are multiplied; adapted: with pairs."""
         ...
 
     def __call__(
-        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+        self,
+        gate_up: ExpertLinears,
+        down: ExpertLinears,
+        x: torch.Tensor,
+        routes: Routes,
+        pairs: tuple[ExpertPairs, ExpertPairs] | None = None,
+        *,
+        pdl: bool,
     ) -> torch.Tensor:
-        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
+        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain. pairs: what
+        adapters add to gate and up, and to down."""
         ...
 
 
@@ -52,8 +64,9 @@ class ExpertBlocks:
         deterministic: bool,
         dtype: torch.dtype,
         device: str,
+        pair_width: int,
     ) -> None:
-        """deterministic: a token's bits do not depend on the others."""
+        """deterministic: a token's bits do not depend on the others. pair_width: as DenseExperts."""
         sizes = {
             ExpertsSizes(shape.routing, shape.experts, weights.gate_up.num_inputs, shape.width, shape.clamped)
             for shape, weights in blocks
@@ -64,10 +77,11 @@ class ExpertBlocks:
         self._deterministic = deterministic
         formats = {each.weight_format for _, weights in blocks for each in (weights.gate_up, weights.down)}
         self._by_format: dict[str, ExpertProducts] = {
-            each: _products_of(each, self._sizes, max_tokens, deterministic, dtype, device) for each in formats
+            each: _products_of(each, self._sizes, max_tokens, deterministic, dtype, device, pair_width)
+            for each in formats
         }
         routing, gated = self._sizes.routing, any(weights.shared_gate is not None for _, weights in blocks)
-        rooms = [self._sizes.room(max_tokens, each.tile_rows) for each in self._by_format.values()]
+        rooms = [each.room for each in self._by_format.values()]
         tiles, rows = max(room.tiles for room in rooms), max(room.rows for room in rooms)
         self._routes = Routes.of_room(max_tokens, routing, tiles, rows, device)
         hidden = self._sizes.hidden
@@ -100,7 +114,9 @@ class ExpertBlocks:
         if mlp.gate_up.weight_format != mlp.down.weight_format:
             raise InvariantBroken("experts of two formats in one block")
         of_experts = self._by_format[mlp.gate_up.weight_format]
-        routes = self._routes.first(num_tokens, routing, of_experts.tile_rows(num_tokens))
+        pairs = products.expert_pairs(layer)
+        tile_rows = of_experts.tile_rows(num_tokens, adapted=pairs is not None)
+        routes = self._routes.first(num_tokens, routing, tile_rows)
         gate = None if mlp.shared_gate is None else mlp.shared_gate.weight
         width = routing.num_experts + (gate is not None)
         splits = self._splits(num_tokens)
@@ -114,7 +130,7 @@ class ExpertBlocks:
             products.add_to(layer, "shared_gate", x, logits[..., routing.num_experts :])
         bias = mlp.router.bias
         choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, logit_bias=bias, fixed=fixed, pdl=pdl)
-        rows = of_experts(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
+        rows = of_experts(mlp.gate_up, mlp.down, x, routes, pairs, pdl=pdl)
         if mlp.shared is None:
             return RoutedSum(rows, routes)
         gated = self._gated[: num_tokens * mlp.shared.down.num_inputs].view(num_tokens, -1)
@@ -127,8 +143,8 @@ class ExpertBlocks:
         return experts_policy.router_splits(num_tokens, self._sizes.hidden, self._deterministic)
 
 
-def plan_experts(weights: Weights, policy: Policy, max_tokens: int) -> ExpertBlocks | None:
-    """The blocks of a model's layers; None: it has none."""
+def plan_experts(weights: Weights, policy: Policy, max_tokens: int, pair_width: int) -> ExpertBlocks | None:
+    """The blocks of a model's layers; None: it has none. pair_width: as DenseExperts."""
     blocks = [
         (layer.shape.mlp, layer.mlp)
         for layer in weights.layers
@@ -137,16 +153,24 @@ def plan_experts(weights: Weights, policy: Policy, max_tokens: int) -> ExpertBlo
     if not blocks:
         return None
     dtype, device = weights.embedding.dtype, str(weights.embedding.device)
-    return ExpertBlocks(blocks, max_tokens, policy is invariant, dtype, device)
+    return ExpertBlocks(blocks, max_tokens, policy is invariant, dtype, device, pair_width)
 
 
 def _products_of(
-    weight_format: str, sizes: ExpertsSizes, max_tokens: int, deterministic: bool, dtype: torch.dtype, device: str
+    weight_format: str,
+    sizes: ExpertsSizes,
+    max_tokens: int,
+    deterministic: bool,
+    dtype: torch.dtype,
+    device: str,
+    pair_width: int,
 ) -> ExpertProducts:
     if weight_format == DenseLinear.weight_format:
-        return DenseExperts(sizes, max_tokens, deterministic, dtype, device)
+        return DenseExperts(sizes, max_tokens, deterministic, dtype, device, pair_width)
     if weight_format in FORMATS:
         if deterministic:
             raise SettingsError("--deterministic: on a GPU only with experts in the model's dtype, not in 8 bits")
+        if pair_width:
+            raise SettingsError("--lora-experts: on a GPU only with experts in the model's dtype, not in 8 bits")
         return ScaledExperts(sizes, weight_format, max_tokens, dtype, device)
     raise InvariantBroken(f"no kernel here reads experts of the format {weight_format}")

@@ -38,6 +38,8 @@ class StepLimits:
     """Adapters may bring an embedding, a head and norms in place of the model's."""
     adapter_routers: bool = False
     """Adapters may have pairs of routers and of gates of shared experts."""
+    adapter_experts: bool = False
+    """Adapters may have pairs of routed experts."""
     adapter_magnitudes: bool = False
     """Adapters may scale what the model's own products make (DoRA)."""
 

@@ -144,8 +144,16 @@ class CudaRunner:
         if not isinstance(model, Weights):
             raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
         limits, rank = self._limits, WHOLE if self._peers is None else self._peers.rank
-        rooms = {"vocabulary": limits.adapter_vocabulary, "routers": limits.adapter_routers}
-        layout, wholes = BankLayout.of(self.config, rank, **rooms), None
+        layout, wholes = (
+            BankLayout.of(
+                self.config,
+                rank,
+                vocabulary=limits.adapter_vocabulary,
+                routers=limits.adapter_routers,
+                experts=limits.adapter_experts,
+            ),
+            None,
+        )
         if limits.adapter_wholes:
             wholes = WholeShape.of(self.config, rank)
         dtype, magnitudes = model.embedding.dtype, limits.adapter_magnitudes

@@ -9,8 +9,10 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton.adapter_rows import AdapterRows
+from baton.kernels.triton.expert_pairs import ExpertPairs
 from baton.kernels.triton.low_rank import AddedProduct
 from baton.kernels.triton.row_scales import add_in_place
+from baton.models.adapters.adapter import EXPERT_PRODUCTS
 from baton.models.cuda.adapter_steps import AdapterSteps
 from baton.models.cuda.products import Products, Rows, plain
 
@@ -58,6 +60,14 @@ class StepProducts:
             added = self._adapters.added(layer, name, x, self._rows, beside=False, pdl=self._pdl)
             if added is not None:
                 add_in_place(added, out, None, pdl=self._pdl)
+
+    def expert_pairs(self, layer: int) -> tuple[ExpertPairs, ExpertPairs] | None:
+        """What adapters add to gate and up, and to down, of routed experts; None: nothing."""
+        if self._rows is None:
+            return None
+        assert self._adapters is not None, "a step with adapters of a decoder without"
+        first, second = (self._adapters.expert_pairs(layer, name, self._rows) for name in EXPERT_PRODUCTS)
+        return None if first is None or second is None else (first, second)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         """What adapters have in place of the model's embedding, or add to it, over out [N, hidden]."""

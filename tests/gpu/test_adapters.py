@@ -13,8 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels.routing import Routing
 from baton.kernels.triton import linear, low_rank, norm
-from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B
+from baton.kernels.triton.experts_policy import row_tiles, rows_tiles
+from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B, ProductShape
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
@@ -23,10 +25,12 @@ from baton.models.weights import load_weights
 from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
+from baton.tests.unit.kernels.expert_pair_checks import check_experts_added
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
+    with_experts,
     with_magnitudes,
     with_routers,
     with_vocabulary,
@@ -152,6 +156,17 @@ def test_products_beside_what_they_add_read_what_the_launches_before_wrote(rows)
         assert torch.equal(residual, expected[0]) and torch.equal(out, expected[1])
 
 
+@pytest.mark.parametrize(("num_tokens", "tile_m"), [(1, 0), (8, 16), (200, 64)])
+def test_experts_that_add(num_tokens, tile_m):
+    """Guards choices of a token that are computed apart, and early launches that read what is not there yet."""
+    routing, (n, k) = Routing(32, 4), (768, 2048)
+    for dtype in (BF16, torch.float32):
+        shape = ProductShape(n, k, True)
+        tiles = rows_tiles(shape, tile_m, 32, dtype.itemsize) if tile_m else row_tiles(shape)
+        assert tiles is not None
+        check_experts_added(GPU, dtype, num_tokens, routing, n, k, tiles, [16, 0, 32], 32, range(8, 32), pdl=True)
+
+
 class Mixed:
     """A runner of the demo model, or of a folder's, with three adapters in four slots; the first and the third have
     pairs of the vocabulary, magnitudes, and whole copies, where slots have room for them."""
@@ -174,6 +189,8 @@ class Mixed:
             self.adapters = [with_wholes(first, self.config), second, with_wholes(third, self.config)]
         if limits.get("adapter_routers"):
             self.adapters = [with_routers(adapter, self.config) for adapter in self.adapters]
+        if limits.get("adapter_experts"):
+            self.adapters = [with_experts(adapter, self.config) for adapter in self.adapters]
         if limits.get("adapter_magnitudes"):
             first, second, third = self.adapters
             self.adapters = [with_magnitudes(first, self.config), second, with_magnitudes(third, self.config)]
@@ -240,6 +257,7 @@ def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
         ("deepseek_v3", {}),
         ("qwen2_moe", {"adapter_routers": True, "adapter_magnitudes": True}),
         ("deepseek_v3", {"adapter_routers": True}),
+        ("qwen2_moe", {"adapter_routers": True, "adapter_experts": True}),
     ],
 )
 def test_tokens_beside_experts_equal_those_of_merged_weights(tmp_path, family, limits):

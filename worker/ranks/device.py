@@ -115,6 +115,7 @@ class DeviceRank:
             adapter_vocabulary=start.model.lora_vocabulary,
             adapter_wholes=start.model.lora_modules_to_save,
             adapter_routers=start.model.lora_routers,
+            adapter_experts=start.model.lora_experts,
             adapter_magnitudes=start.model.lora_dora,
         )
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
@@ -171,7 +172,9 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
     if not part.max_loras:
         return None
     wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
-    layout = BankLayout.of(config, rank, vocabulary=part.lora_vocabulary, routers=part.lora_routers)
+    layout = BankLayout.of(
+        config, rank, vocabulary=part.lora_vocabulary, routers=part.lora_routers, experts=part.lora_experts
+    )
     return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, part.lora_dora)
 
 

@@ -23,6 +23,7 @@ class ModelPart(msgspec.Struct, frozen=True, kw_only=True):
     lora_vocabulary: bool = False
     lora_modules_to_save: bool = False
     lora_routers: bool = False
+    lora_experts: bool = False
     lora_dora: bool = False
     draft: str = ""
     """The folder of an EAGLE-3 draft, whose layer lies behind the model's in the pool; empty: there is none."""

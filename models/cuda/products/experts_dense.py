@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from baton.kernels import DenseLinear, ExpertLinears
 from baton.kernels.triton import experts_policy
+from baton.kernels.triton.expert_pairs import ExpertPairs, MadePairs, add_experts
 from baton.kernels.triton.experts import experts
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.route import Routes
@@ -26,9 +28,16 @@ class DenseExperts:
     """For up to max_tokens tokens; not for two steps at a time."""
 
     def __init__(
-        self, sizes: ExpertsSizes, max_tokens: int, deterministic: bool, dtype: torch.dtype, device: str
+        self,
+        sizes: ExpertsSizes,
+        max_tokens: int,
+        deterministic: bool,
+        dtype: torch.dtype,
+        device: str,
+        pair_width: int = 0,
     ) -> None:
-        """deterministic: a token's bits do not depend on how many there are."""
+        """deterministic: a token's bits do not depend on how many there are. pair_width: numbers of a choice between
+        both halves of what adapters add; 0: they add nothing."""
         self._sizes, self._deterministic = sizes, deterministic
         shapes = ProductShape(sizes.width, sizes.hidden, fused=True), ProductShape(sizes.hidden, sizes.width)
         self._shapes, self._element_bytes = shapes, dtype.itemsize
@@ -36,35 +45,51 @@ class DenseExperts:
         one = tuple(tiles for tiles in map(experts_policy.row_tiles, shapes) if tiles is not None)
         self._of_one_token = one if len(one) == len(shapes) and not deterministic else None
         self._by_gluon = None if deterministic else _gluon_product(sizes, dtype, device)
-        room = sizes.room(max_tokens, self.tile_rows)
+        self.room = room = sizes.room(max_tokens, self.tile_rows, partial(self.tile_rows, adapted=pair_width > 0))
         self._rows = torch.empty(room.rows, sizes.hidden, dtype=dtype, device=device)
         self._gated = torch.empty(room.rows, sizes.width, dtype=dtype, device=device)
+        self._added = torch.empty(room.rows if pair_width else 0, 2 * sizes.width, dtype=dtype, device=device)
+        self._hidden = torch.empty(max_tokens * sizes.routing.top_k * pair_width, dtype=torch.float32, device=device)
 
-    def tile_rows(self, num_tokens: int) -> int:
-        """Of the tiles in which so many tokens are multiplied."""
-        routing = self._sizes.routing
+    def tile_rows(self, num_tokens: int, *, adapted: bool = False) -> int:
+        """As ExpertProducts says. experts_gluon adds nothing."""
         if num_tokens == 1 and self._of_one_token is not None:
             return 1
-        if self._by_gluon is not None and experts_policy.as_prompts(num_tokens, routing.num_experts, routing.top_k):
+        sizes = num_tokens, self._sizes.routing.num_experts, self._sizes.routing.top_k
+        if self._by_gluon is not None and not adapted and experts_policy.as_prompts(*sizes):
             return experts_policy.PROMPT_ROWS
-        return experts_policy.tile_rows(num_tokens, routing.num_experts, routing.top_k)
+        return experts_policy.tile_rows(*sizes)
 
     def __call__(
-        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+        self,
+        gate_up: ExpertLinears,
+        down: ExpertLinears,
+        x: torch.Tensor,
+        routes: Routes,
+        pairs: tuple[ExpertPairs, ExpertPairs] | None = None,
+        *,
+        pdl: bool,
     ) -> torch.Tensor:
-        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden]."""
+        """As ExpertProducts says."""
         count = routes.most_tiles * routes.tile_m
         rows, gated = self._rows[:count], self._gated[:count]
         first, second = _weight(gate_up), _weight(down)
-        if routes.tile_m == experts_policy.PROMPT_ROWS and self._by_gluon is not None:
+        if pairs is None and routes.tile_m == experts_policy.PROMPT_ROWS and self._by_gluon is not None:
             spread(x, routes, rows)
             self._by_gluon(rows, first, routes, gated, True)
             self._by_gluon(gated, second, routes, rows, False)  # in the place of x, which is no longer needed
             return rows
         wide, narrow = self._tiles(routes)
-        bias, clamped = gate_up.stacked.bias, self._sizes.clamped
-        experts(x, first, routes, wide, gated, bias=bias, clamped=clamped, fused=True, gathered=True, pdl=pdl)
+        bias, clamped, added = gate_up.stacked.bias, self._sizes.clamped, None
+        if pairs is not None:
+            added = MadePairs(self._added[:count], pairs[0].adapters)
+            add_experts(x, pairs[0], routes, self._hidden, added.values, gathered=True, add=False, pdl=pdl)
+        experts(
+            x, first, routes, wide, gated, bias=bias, clamped=clamped, fused=True, gathered=True, added=added, pdl=pdl
+        )
         experts(gated, second, routes, narrow, rows, bias=down.stacked.bias, pdl=pdl)
+        if pairs is not None:
+            add_experts(gated, pairs[1], routes, self._hidden, rows, gathered=False, add=True, pdl=pdl)
         return rows
 
     def _tiles(self, routes: Routes) -> Sequence[Tiles]:

@@ -11,6 +11,7 @@ import torch
 
 from baton.kernels import ExpertLinears, ScaledLinear
 from baton.kernels.triton import experts_policy
+from baton.kernels.triton.expert_pairs import ExpertPairs
 from baton.kernels.triton.experts_8bit import experts_8bit
 from baton.kernels.triton.experts_8bit_row import experts_8bit_row
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
@@ -40,7 +41,8 @@ class ScaledExperts:
         code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
         self._of_one_token = [experts_policy.row_tiles_8bit(shape, self._run > 0) for shape in self._shapes]
-        room, padded = sizes.room(max_tokens, self.tile_rows), -(-max_tokens // PADDING) * PADDING
+        self.room = room = sizes.room(max_tokens, self.tile_rows)
+        padded = -(-max_tokens // PADDING) * PADDING
 
         def codes(rows: int, columns: int) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=torch.int8, device=device).view(code_type)
@@ -52,16 +54,25 @@ class ScaledExperts:
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
         self._gated = torch.empty(sizes.routing.top_k, width, dtype=dtype, device=device)
 
-    def tile_rows(self, num_tokens: int) -> int:
-        """Of the tiles in which so many tokens are multiplied."""
+    def tile_rows(self, num_tokens: int, *, adapted: bool = False) -> int:
+        """As ExpertProducts says."""
         if num_tokens == 1:
             return 1
         return experts_policy.tile_rows(num_tokens, self._sizes.routing.num_experts, self._sizes.routing.top_k)
 
     def __call__(
-        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+        self,
+        gate_up: ExpertLinears,
+        down: ExpertLinears,
+        x: torch.Tensor,
+        routes: Routes,
+        pairs: tuple[ExpertPairs, ExpertPairs] | None = None,
+        *,
+        pdl: bool,
     ) -> torch.Tensor:
-        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
+        """As ExpertProducts says, but without pairs."""
+        if pairs is not None:
+            raise InvariantBroken("adapters of experts in 8 bits")
         count, width = routes.most_tiles * routes.tile_m, self._sizes.width
         first, second = _scaled(gate_up), _scaled(down)
         of_gate_up = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)

@@ -28,8 +28,8 @@ class ExpertsSizes(NamedTuple):
     clamped: ClampedGate | None = None
     """The gate of the experts; None: silu."""
 
-    def room(self, max_tokens: int, tile_rows: Callable[[int], int]) -> Room:
-        """tile_rows: of the tiles for so many tokens."""
-        largest = {tile_rows(tokens): tokens for tokens in range(1, max_tokens + 1)}
+    def room(self, max_tokens: int, *tile_rows: Callable[[int], int]) -> Room:
+        """tile_rows: of the tiles for so many tokens, in each way in which they may be multiplied."""
+        largest = {of_tokens(tokens): tokens for of_tokens in tile_rows for tokens in range(1, max_tokens + 1)}
         found = [(most_tiles(tokens, self.routing, tile_m), tile_m) for tile_m, tokens in largest.items()]
         return Room(max(tiles for tiles, _ in found), max(tiles * tile_m for tiles, tile_m in found))

@@ -493,6 +493,28 @@ def experts(tile_m: int) -> None:
         module.experts(x, weight, made, tiles, out, fused=fused, gathered=fused, pdl=True)
 
 
+def adapted_experts(tile_m: int, max_rank: int) -> None:
+    """The same with what adapters add."""
+    from baton.kernels.triton import expert_pairs, experts_policy
+    from baton.kernels.triton import experts as module
+    from baton.kernels.triton.linear_policy import ProductShape
+    from baton.kernels.triton.low_rank import BankSite
+
+    tokens, n, k = max(tile_m, 1), 768, 2048
+    made, of_tokens = routes(tokens, 128, 8, tokens), empty(tokens, dtype=torch.int32)
+    bank, rows = adapter_bank(max_rank), len(made.tokens)
+    hidden = empty(tokens * 8 * 2 * max_rank, dtype=torch.float32)
+    x, gated, wide = empty(tokens, k), empty(rows, n), empty(rows, 2 * n)
+    pairs = expert_pairs.ExpertPairs(bank, BankSite(5, 16, 32, k, (n, 2 * n)), of_tokens)
+    expert_pairs.add_experts(x, pairs, made, hidden, wide, gathered=True, add=False, pdl=True)
+    shape = ProductShape(n, k, True)
+    tiles = experts_policy.rows_tiles(shape, tile_m, 100, 2) if tile_m else experts_policy.row_tiles(shape)
+    added = expert_pairs.MadePairs(wide, of_tokens)
+    module.experts(x, empty(128, 2 * n, k), made, tiles, gated, fused=True, gathered=True, added=added, pdl=True)
+    pairs = expert_pairs.ExpertPairs(bank, BankSite(5, 16, 32, n, (k,)), of_tokens)
+    expert_pairs.add_experts(gated, pairs, made, hidden, empty(rows, k), gathered=False, add=True, pdl=True)
+
+
 def experts_8bit(tile_m: int, blocked: bool) -> None:
     from baton.kernels.triton import experts_8bit as module
     from baton.kernels.triton.linear_policy import Tiles
@@ -767,6 +789,9 @@ CASES: dict[str, Callable[[], None]] = {
     "route_many": lambda: routing(2048, 128, False),
     "experts_row": lambda: experts(0),
     "experts_16": lambda: experts(16),
+    "adapted_experts_row": lambda: adapted_experts(0, 16),
+    "adapted_experts_16": lambda: adapted_experts(16, 64),
+    "adapted_experts_64": lambda: adapted_experts(64, 16),
     "experts_8bit_16_block": lambda: experts_8bit(16, True),
     "experts_8bit_row": lambda: experts_8bit_row(False),
     "experts_8bit_row_block": lambda: experts_8bit_row(True),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from baton.kernels import DenseLinear, Linear
+from baton.kernels import DenseLinear, ExpertLinears, Linear
 from baton.models.adapters.adapter import (
     PRODUCTS,
     ROUTER_PRODUCTS,
@@ -16,6 +16,7 @@ from baton.models.adapters.adapter import (
     LowRank,
     Parts,
     adapted_products,
+    expert_products,
     router_products,
 )
 from baton.models.config import ModelConfig
@@ -85,6 +86,25 @@ def with_routers(adapter: Adapter, config: ModelConfig) -> Adapter:
     return replace(adapter, layers=tuple(layers))
 
 
+def with_experts(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With pairs of routed experts; of one product's first part in layers with a number above 0 none."""
+    generator, layers = torch.Generator().manual_seed(13), []
+
+    def pairs(count: int, rank: int, inputs: int, outputs: int) -> LowRank:
+        a = torch.randn(count, rank, inputs, generator=generator) / inputs**0.5
+        return LowRank(a, torch.randn(count, outputs, rank, generator=generator) * (SIZE / rank**0.5))
+
+    for number, (layer, shape) in enumerate(zip(adapter.layers, describe(config), strict=True)):
+        made: dict[str, Parts] = {}
+        for name, of in expert_products(shape, config.hidden_size).items():
+            assert config.experts is not None
+            count = config.experts.num_experts
+            parts = [pairs(count, 4 + part, of.num_inputs, outputs) for part, outputs in enumerate(of.outputs)]
+            made[name] = (None, *parts[1:]) if number and len(parts) > 1 else tuple(parts)
+        layers.append(replace(layer, **made))
+    return replace(adapter, layers=tuple(layers))
+
+
 def with_magnitudes(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Whose pairs scale the model's own products, as DoRA does."""
     generator = torch.Generator().manual_seed(10)
@@ -112,7 +132,12 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
         else:
             shared = mlp.shared and _merged_mlp(mlp.shared, changes)
             gate = mlp.shared_gate and _with(mlp.shared_gate, changes.shared_gate)
-            mlp = replace(mlp, router=_with(mlp.router, changes.router), shared=shared, shared_gate=gate)
+            experts = {
+                "gate_up": _with_pairs(mlp.gate_up, changes.expert_gate_up),
+                "down": _with_pairs(mlp.down, changes.expert_down),
+            }
+            router = _with(mlp.router, changes.router)
+            mlp = replace(mlp, router=router, shared=shared, shared_gate=gate, **experts)
         changed: LayerWeights = replace(
             layer,
             attention=attention,
@@ -142,8 +167,12 @@ def _with(linear: Linear, parts: Parts) -> Linear:
     assert isinstance(linear, DenseLinear)
     if not parts:
         return linear
-    weight = linear.weight.clone()
-    rest = linear.num_outputs - sum(len(part.b) for part in parts if part is not None)
+    return DenseLinear(_merged(linear.weight, parts), linear.bias)
+
+
+def _merged(weight: torch.Tensor, parts: Parts) -> torch.Tensor:
+    weight = weight.clone()
+    rest = len(weight) - sum(len(part.b) for part in parts if part is not None)
     begin = 0
     for part in parts:
         size = rest if part is None else len(part.b)
@@ -153,7 +182,20 @@ def _with(linear: Linear, parts: Parts) -> Linear:
                 weight[own] *= part.row_scale[:, None]
             weight[own] += part.b @ part.a
         begin += size
-    return DenseLinear(weight, linear.bias)
+    return weight
+
+
+def _with_pairs(linears: ExpertLinears, parts: Parts) -> ExpertLinears:
+    """Of each expert its own."""
+    if not parts:
+        return linears
+    stacked, count = linears.stacked, linears.num_experts
+    assert isinstance(stacked, DenseLinear)
+    made = []
+    for number, weight in enumerate(stacked.weight.view(count, -1, stacked.num_inputs)):
+        own = tuple(part and LowRank(part.a[number], part.b[number]) for part in parts)
+        made.append(_merged(weight, own))
+    return ExpertLinears(DenseLinear(torch.cat(made), stacked.bias), count)
 
 
 def merged_runner(config: ModelConfig, weights: Weights, adapter: Adapter | None, block_tokens: int) -> ModelRunner:

@@ -31,6 +31,7 @@ from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
+    with_experts,
     with_magnitudes,
     with_routers,
     with_vocabulary,
@@ -49,6 +50,7 @@ Edit = Callable[[Adapter, ModelConfig], Adapter]
 
 MAGNITUDES = {"adapter_magnitudes": True}
 ROUTERS = {"adapter_routers": True}
+EXPERTS = {"adapter_experts": True}
 SCALED_ROUTERS = ROUTERS | MAGNITUDES
 
 
@@ -171,6 +173,8 @@ def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, fam
         ("qwen2_moe", {"num_experts": 10, "shared_expert_intermediate_size": 48}, with_routers, ROUTERS),
         ("qwen2_moe", {"num_experts": 10, "shared_expert_intermediate_size": 48}, with_scaled_routers, SCALED_ROUTERS),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}, with_scaled_routers, SCALED_ROUTERS),
+        ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}, with_experts, EXPERTS),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, "intermediate_size": 32}, with_experts, EXPERTS),
         ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}, with_routers, ROUTERS),
         ("deepseek_v2", LATENT | {"q_lora_rank": None}, with_magnitudes, MAGNITUDES),
     ],
@@ -180,7 +184,8 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
 ):
     """Guards products that are launched beside those of dense layers: of shared experts, of rows that are left behind
     the last layer's attention too, of routers and gates of which the logits are parts side by side, a bias of a router
-    that is not scaled, and of latent attention with queries' latents and without."""
+    that is not scaled, of routed experts, before either gate, and of latent attention with queries' latents and
+    without."""
     sizes = {"v_head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
     config |= sizes | {"num_hidden_layers": 1, "vocab_size": 144}
     served = Served(make_model(family, **config).folder, fastest, edit, mixed_tokens=1, **limits)

@@ -22,7 +22,9 @@ from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_oth
 from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
+    with_experts,
     with_magnitudes,
+    with_routers,
     with_vocabulary,
     with_wholes,
 )
@@ -31,6 +33,7 @@ from baton.tests.unit.models.eagle_folders import write_pair
 
 BLOCK = 16
 SMALL = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 
 
 def make(folder, count, policy=fastest, **limits) -> tuple[DeviceRanks, ModelRunner]:
@@ -49,6 +52,10 @@ def make(folder, count, policy=fastest, **limits) -> tuple[DeviceRanks, ModelRun
     pools = [torch.zeros(24, heads, config.num_layers, 2, BLOCK, config.head_dim) for _ in range(count)]
     ranks.bind_pools(pools, 96)
     return ranks, plain
+
+
+def with_all_of_experts(adapter, config):
+    return with_routers(with_experts(adapter, config), config)
 
 
 def split(num_rows, shape):
@@ -100,17 +107,19 @@ def test_ranks_hold_the_same_drafts(make_model):
 
 
 @pytest.mark.parametrize(
-    ("edit", "limits"),
+    ("family", "edit", "limits"),
     [
-        (with_wholes, {"adapter_wholes": True}),
-        (with_vocabulary, {"adapter_vocabulary": True}),
-        (with_magnitudes, {"adapter_magnitudes": True}),
+        ("qwen2", with_wholes, {"adapter_wholes": True}),
+        ("qwen2", with_vocabulary, {"adapter_vocabulary": True}),
+        ("qwen2", with_magnitudes, {"adapter_magnitudes": True}),
+        ("qwen3_moe", with_all_of_experts, {"adapter_routers": True, "adapter_experts": True}),
     ],
 )
-def test_ranks_compute_with_their_parts_of_an_adapter(make_model, edit, limits):
+def test_ranks_compute_with_their_parts_of_an_adapter(make_model, family, edit, limits):
     """Guards against rows or columns of another rank's product, what an adapter adds to a sum twice, and another rank's
-    part of its head."""
-    folder = make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL).folder
+    part of its head or of its experts."""
+    config = SMALL | (EXPERTS if family == "qwen3_moe" else {})
+    folder = make_model(family, vocab_size=67, num_key_value_heads=1, **config).folder
     ranks, plain = make(folder, 2, adapter_slots=2, max_rank=16, **limits)
     adapter = edit(random_adapter(plain.config, [12, 5], 1), plain.config)
     slots = RankSlots(plain.config, [runner.adapters for runner in ranks.runners])

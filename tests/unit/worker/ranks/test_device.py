@@ -49,6 +49,7 @@ def start() -> RankStart:
         lora_modules_to_save=True,
         lora_dora=True,
         lora_routers=True,
+        lora_experts=True,
     )
     memory = SharedBytes(0, 0, b"")
     return RankStart(
