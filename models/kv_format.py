@@ -7,7 +7,7 @@ checkpoint's, one for all keys and one for all values of a layer, or of each hea
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,13 @@ class KvFormat:
     def has_scales_inside(self) -> bool:
         """Whether each key and value has its scale in the pool."""
         return self.quantised and self.static is None
+
+    def part(self, layers: range, heads: range) -> KvFormat:
+        """Of these layers and heads of the model."""
+        if self.static is None:
+            return self
+        own = self.static[layers.start : layers.stop, ..., heads.start : heads.stop]
+        return replace(self, static=own.contiguous())
 
     def scales_digest(self) -> str:
         """SHA-256 of the static scales; empty where there are none."""

@@ -52,16 +52,6 @@ class Rank:
 WHOLE = Rank()
 
 
-def part_of(config: ModelConfig, rank: Rank) -> ModelConfig:
-    """The heads and the tokens of one rank in the place of all: sizes of what it computes, not of what it loads."""
-    return replace(
-        config,
-        num_heads=len(rank.share(config.num_heads, "query heads")),
-        num_kv_heads=len(rank.key_heads(config.num_kv_heads)),
-        vocab_size=len(rank.vocabulary(config.vocab_size)),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One of the `count` stages that a prompt's chunks pass one after the other; stage 0 of 1 has all layers.
@@ -88,6 +78,18 @@ class Stage:
 
 
 ONLY_STAGE = Stage()
+
+
+def part_of(config: ModelConfig, rank: Rank, stage: Stage = ONLY_STAGE) -> ModelConfig:
+    """The heads and the tokens of one rank, and the layers of one stage, in the place of all: sizes of what it
+    computes, not of what it loads, nor which layer is of which kind."""
+    return replace(
+        config,
+        num_heads=len(rank.share(config.num_heads, "query heads")),
+        num_kv_heads=len(rank.key_heads(config.num_kv_heads)),
+        vocab_size=len(rank.vocabulary(config.vocab_size)),
+        num_layers=len(stage.layers(config.num_layers)),
+    )
 
 
 def check_partition(config: ModelConfig, count: int) -> None:

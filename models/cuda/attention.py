@@ -22,7 +22,7 @@ from baton.kernels.triton.step_inputs import StepInputs
 from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
-from baton.models.layers import GroupedAttention, LayerShape, describe
+from baton.models.layers import GroupedAttention, LayerShape
 
 Sinks = Sequence[torch.Tensor | None]
 """Of each layer's query heads, float32 [H]; None: the layer has none."""
@@ -116,6 +116,7 @@ class ChunkAttention(Protocol):
 
 def choose_attention(
     config: ModelConfig,
+    shapes: Sequence[GroupedAttention],
     sinks: Sinks,
     pool: PagedPool,
     queue: Queue,
@@ -124,15 +125,17 @@ def choose_attention(
 ) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do.
 
-    memory: for the context of a step in the dtype of queries, where the pool has 8-bit floats.
+    shapes, sinks: of each layer of the pool. memory: for the context of a step in the dtype of queries, where the pool
+    has 8-bit floats.
     """
     if pool.scales is not None and memory is not None and not deterministic:
         block = (pool.num_units, 1, 2, pool.block_tokens, pool.head_dim)
         num_blocks = len(memory) // math.prod(block)
         if num_blocks:
             plain_pool = PagedPool.of(memory[: num_blocks * math.prod(block)].view(num_blocks, *block))
-            attention = choose_attention(config, sinks, plain_pool, queue, deterministic)
-            return _Widened(attention, _Portable(config, sinks, pool), pool, plain_pool, num_blocks, queue.num_sms)
+            attention = choose_attention(config, shapes, sinks, plain_pool, queue, deterministic)
+            direct = _Portable(config.head_dim, shapes, sinks, pool)
+            return _Widened(attention, direct, pool, plain_pool, num_blocks, queue.num_sms)
     plain = not config.sinks and config.sliding_window is None and config.score_softcap is None
     plain = plain and config.score_scale == config.head_dim**-0.5
     if pool.tensor.is_cuda and plain and not deterministic:
@@ -142,14 +145,14 @@ def choose_attention(
         if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.tensor.device)) and prefill_gluon.reads(
             pool
         ):
-            return _Hopper(pool, queue.num_sms, config.num_layers)
-    return _Portable(config, sinks, pool)
+            return _Hopper(pool, queue.num_sms, len(shapes))
+    return _Portable(config.head_dim, shapes, sinks, pool)
 
 
 class _Portable:
-    def __init__(self, config: ModelConfig, sinks: Sinks, pool: PagedPool) -> None:
-        self.tile = prefill_attention.block_m(config.head_dim)
-        self._shapes, self._sinks, self._pool = grouped_shapes(describe(config)), sinks, pool
+    def __init__(self, head_dim: int, shapes: Sequence[GroupedAttention], sinks: Sinks, pool: PagedPool) -> None:
+        self.tile = prefill_attention.block_m(head_dim)
+        self._shapes, self._sinks, self._pool = shapes, sinks, pool
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
         shapes, sinks, pool, tile = self._shapes, self._sinks, self._pool, self.tile

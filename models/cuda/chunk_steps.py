@@ -1,38 +1,19 @@
-"""Steps on a GPU of parts of prompts alone: small ones captured, larger ones in pieces, the largest op by op.
-
-A captured step has one shape, and parts of prompts are padded to it. Steps whose prompts are scored are not captured.
-"""
+"""Steps on a GPU of parts of prompts alone, and what they draw. Those whose prompts are scored run op by op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 
-from baton.models.batch import Draw, Row
+from baton.models.batch import Row
+from baton.models.cuda.chunk_forward import ChunkForward
 from baton.models.cuda.chunk_upload import ChunkUpload, SentChunks
-from baton.models.cuda.chunks import ChunkShape, lay_out, with_tokens
 from baton.models.cuda.launched import StepResult
-from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.cuda.prompt_entries import PromptEntries
 from baton.models.cuda.prompt_scores import PromptScorer, targets_of
 from baton.models.cuda.queue import Draws, Queue, QueueMark, Work
+from baton.models.cuda.residuals import Enter, enter_nothing
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.cuda.step_draws import StepDraws
-from baton.node.messages.control import SamplingSpec
-
-CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
-"""Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
-second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedChunks:
-    """Parts of prompts as one launch, in one shape."""
-
-    shape: ChunkShape
-    launch: Work
 
 
 class ChunkSteps:
@@ -42,32 +23,22 @@ class ChunkSteps:
         self,
         queue: Queue,
         decoder: StepDecoder,
-        limits: StepLimits,
         upload: ChunkUpload,
+        forward: ChunkForward,
         draws: StepDraws,
         entries: PromptEntries,
         scorer: PromptScorer,
         meet: Work,
-        captured_width: int,
-        pieces: PrefillPieces,
     ) -> None:
-        """meet: launched in a step that draws nothing, behind which all ranks have written their KV. captured_width:
-        blocks of a sequence of a captured step at most; 0: none is captured."""
-        self._queue, self._decoder, self._limits, self._upload = queue, decoder, limits, upload
+        """meet: launched in a step that draws nothing, behind which all ranks have written their KV."""
+        self._queue, self._decoder, self._upload, self._forward = queue, decoder, upload, forward
         self._draws, self._entries, self._scorer, self._meet = draws, entries, scorer, meet
-        self._captured_width, self._pieces = captured_width, pieces
-        self._captured: list[CapturedChunks] = []  # smallest first
-        self._adapted: list[CapturedChunks] = []  # those with adapters
 
-    def capture_all(self) -> None:
-        """In place of what was captured before."""
-        if self._decoder.captured:
-            self._captured = list(self._capture(None))
-        if self._limits.adapter_slots:
-            self._adapted = list(self._capture(0))
-
-    def launch(self, rows: Sequence[Row], result: StepResult, first: int, draws: Draws) -> QueueMark:
-        """Draws what they ask for to the places of `result` from `first` on. Returns its begin on the device."""
+    def launch(
+        self, rows: Sequence[Row], result: StepResult, first: int, draws: Draws, enter: Enter = enter_nothing
+    ) -> QueueMark:
+        """Draws what they ask for to the places of `result` from `first` on. Returns its begin on the device. enter: of
+        a stage behind the first."""
         sent, prefill = self._prepare(rows, result)
         drawing = [row for row in rows if row.draw is not None]
         slots, new_positions = sent.drawn_slots[: len(drawing)], sent.drawn_positions[: len(drawing)]
@@ -78,6 +49,7 @@ class ChunkSteps:
         write = self._entries.of(rows, 0, *places, last, self._draws.drawn)
 
         def forward() -> None:
+            enter(len(sent.tokens))
             prefill()
             if draws.deferred:
                 write(False)
@@ -99,40 +71,14 @@ class ChunkSteps:
 
     def _prepare(self, rows: Sequence[Row], result: StepResult) -> tuple[SentChunks, Work]:
         """Sends them; with what computes them."""
+        if all(row.targets is None for row in rows):
+            return self._forward.prepare(rows)
         arrays = self._upload.lay_out(rows)
-        if any(row.targets is not None for row in rows):
-            sent = self._upload.send(arrays, rows, len(arrays.tokens), targets=targets_of(rows))
-            return sent, self._scored(rows, sent, result)
-        steps = self._captured if all(row.adapter is None for row in rows) else self._adapted
-        captured = next((step for step in steps if step.shape.holds(arrays)), None)
-        if captured is not None:
-            arrays = captured.shape.padded(arrays, self._upload.slots.padding)
-            return self._upload.send(arrays, rows, len(arrays.tokens)), captured.launch
-        size = self._pieces.size_for(len(arrays.tokens))
-        if size is not None:
-            sent = self._upload.send(with_tokens(arrays, size), rows, size)
-            return sent, self._in_pieces(sent)
-        sent = self._upload.send(arrays, rows, len(arrays.tokens))
-        return sent, self._prefill(sent)
-
-    def _prefill(self, sent: SentChunks) -> Work:
-        """The launches of parts of prompts over a step's arrays."""
-        tokens = sent.tokens, sent.positions, sent.kv_slots
-        return partial(self._decoder.prefill, *tokens, self._upload.attend(sent), sent.drawn_tokens, sent.adapters)
-
-    def _in_pieces(self, sent: SentChunks) -> Work:
-        """The same, of a size of theirs."""
-        attend, num_tokens = self._upload.attend(sent), len(sent.tokens)
-
-        def work() -> None:
-            for place, given in zip(self._pieces.places, (sent.tokens, sent.positions, sent.kv_slots), strict=True):
-                place[:num_tokens].copy_(given)
-            self._pieces.prefill(num_tokens, attend, sent.drawn_tokens, sent.adapters)
-
-        return work
+        sent = self._upload.send(arrays, rows, len(arrays.tokens), targets=targets_of(rows))
+        return sent, self._scored(rows, sent, result)
 
     def _scored(self, rows: Sequence[Row], sent: SentChunks, result: StepResult) -> Work:
-        """The same, with log probabilities of the rows' targets: a few rows of logits at a time."""
+        """With log probabilities of the rows' targets: a few rows of logits at a time."""
         spans, take = self._scorer.of(rows, sent.targets)
         prefill: Callable[..., None] = self._decoder.prefill_scored
 
@@ -142,17 +88,3 @@ class ChunkSteps:
             result.take_scores(len(sent.targets), self._scorer.found)
 
         return work
-
-    def _capture(self, adapter: int | None) -> Iterator[CapturedChunks]:
-        """Small steps, whose launches would take the host longer than the GPU; for rows with adapters if one is
-        given."""
-        upload, width = self._upload, self._captured_width
-        draw = Draw(SamplingSpec(max_tokens=1, temperature=0.0), (), 1, 0)
-        row = Row([0], 0, [0], draw, adapter=adapter)
-        for tokens, least in CHUNK_SIZES if width else ():
-            items = (-(-tokens // upload.tile) + CHUNK_SEQUENCES) * upload.num_heads
-            shape = ChunkShape(tokens, least, CHUNK_SEQUENCES, width, items)
-            if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:
-                one = lay_out([row], upload.block_tokens, upload.num_heads, upload.tile)
-                sent = upload.send(shape.padded(one, upload.slots.padding), [row], tokens)
-                yield CapturedChunks(shape, self._queue.capture(self._prefill(sent)))

@@ -120,6 +120,11 @@ def _filled(values: np.ndarray, count: int, value: int) -> np.ndarray:
     return filled
 
 
+def num_tokens_of(rows: Sequence[Row]) -> int:
+    """That their step computes."""
+    return sum(row.num_new for row in rows)
+
+
 def decodes(row: Row) -> bool:
     """Whether the row is one token that follows a drawn one; a part of a prompt, however short, is a chunk."""
     return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0

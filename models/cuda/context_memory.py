@@ -9,13 +9,14 @@ import torch
 
 from baton.kernels.triton.pool import PagedPool
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import ChunkAttention, choose_attention
+from baton.models.cuda.attention import ChunkAttention, choose_attention, grouped_shapes
 from baton.models.cuda.chunks import TABLE_WIDTH
 from baton.models.cuda.latent import LatentContext
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import Queue, aligned
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.layer_weights import Weights
+from baton.models.layers import describe
 
 WIDENED_BYTES, WIDENED_TOKENS = 512 << 20, 2048
 """For the context of the chunks of a step in one layer, where KV is quantised: 131,072 tokens of an 8B model. No more
@@ -34,8 +35,10 @@ class ContextMemory:
         max_len: int,
         widened_dtype: torch.dtype | None,
     ) -> None:
-        """config: of a rank of several, its part_of. widened_dtype: of queries, where KV is quantised; else None."""
+        """config: of a rank or a stage of several, its part_of. widened_dtype: of queries, where KV is quantised;
+        else None."""
         self._config, self._queue, self._deterministic = config, queue, limits.deterministic
+        self._layers = [layer.shape for layer in model.layers] if isinstance(model, Weights) else describe(config)
         self._sinks = model.sinks if isinstance(model, Weights) else (None,) * config.num_layers
         most_context = limits.max_rows * aligned(max_len, WIDENED_TOKENS)
         self._widened: torch.Tensor | None = None
@@ -51,7 +54,10 @@ class ContextMemory:
     def over_pool(self, pool: PagedPool) -> ChunkAttention:
         if self._latents is not None:
             return self._latents.over_pool(pool)
-        return choose_attention(self._config, self._sinks, pool, self._queue, self._deterministic, self._widened)
+        shapes = grouped_shapes(self._layers)
+        return choose_attention(
+            self._config, shapes, self._sinks, pool, self._queue, self._deterministic, self._widened
+        )
 
     def captured_width(self, width: int, sequences: int, block_tokens: int) -> int:
         """Blocks of the tables of a captured step of so many sequences, of up to `width`; 0: none is captured."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -37,14 +39,21 @@ from baton.models.layer_weights import (
     Weights,
 )
 from baton.models.layers import DenseMlp
+from baton.models.partition import ONLY_STAGE, Stage
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.models.vector_math import prepare_vector_math
 from baton.node.errors import InvariantBroken
 
+EndPrefill = Callable[[Step], None]
+"""Launches what is left of a step of prompts that has begun."""
+
 
 class DeviceDecoder:
-    """One model's forward over one pool: the StepDecoder of all models that models.layers describes."""
+    """One model's forward over one pool: the StepDecoder of all models that models.layers describes.
+
+    That of a stage computes its layers of steps of prompts. They enter it, and leave it, as `residual`.
+    """
 
     captured = True
 
@@ -59,20 +68,24 @@ class DeviceDecoder:
         sums: RankInbox | None = None,
         adapters: AdapterSteps | None = None,
         tap: Tap = no_tap,
+        stage: Stage = ONLY_STAGE,
     ) -> None:
         """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len.
 
         sums: the weights are a rank's, config its part_of the model's, and what layers add is exchanged here.
-        adapters: of a decoder whose steps may have rows with adapters. tap: called in each layer of a step.
+        adapters: of a decoder whose steps may have rows with adapters. tap: called in each layer of a step. stage: the
+        weights are a stage's, and config its part_of the model's.
         """
+        if not stage.is_last:  # its last sum is of a kernel that norms too, into memory that nothing reads
+            weights = replace(weights, norm=weights.layers[-1].post_norm)
         self._config, self._weights, self._sums, self._adapters = config, weights, sums, adapters
-        self._tap = tap
+        self._tap, self._stage = tap, stage
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         mlps = [layer.shape.mlp for layer in weights.layers]
         mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
         qkv = weights.layers[0].attention.qkv.num_outputs
         self._act = Activations.make(config, qkv, mlp_width, max_tokens, max_drawn, dtype, device)
-        self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
+        self._products = Products(policy, max_tokens, product_shapes(weights, head=stage.is_last), dtype, device)
         self._latent = LatentLayers(weights, max_tokens, max_drawn) if config.latent else None
         pair_width = 0 if adapters is None else adapters.expert_width
         self._experts = plan_experts(weights, policy, max_tokens, pair_width)
@@ -142,13 +155,13 @@ class DeviceDecoder:
         """Logits of the tokens number `drawn` (int32) of a step become `last_logits`; the other arrays are int32 [N].
 
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
-        written for all; behind the last layer's attention only drawn tokens are computed.
+        written for all; behind the last layer's attention only drawn tokens are computed. A stage before the last
+        computes all tokens to its end, and no logits.
         """
         step = Step(tokens, positions, kv_slots, attend, drawn, adapters=adapters)
-        self.end_prefill(self.begin(step), step)
+        self.begin(step)(step)
 
-    def end_prefill(self, x: Rows, step: Step) -> None:
-        """What `prefill` does once `begin` has returned x."""
+    def _end_prefill(self, x: Rows, step: Step) -> None:
         assert step.drawn is not None, "known by now"
         normed = self._end(step, x)
         if normed is not None:
@@ -180,34 +193,47 @@ class DeviceDecoder:
 
     def _layers(self, step: Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
-        return self._end(step, self.begin(step))
+        return self._end(step, self._begin(step))
 
-    def begin(self, step: Step) -> Rows:
-        """All layers but the last, which depend on no draw; what that one reads, which lies in the same memory in each
-        step of so many tokens."""
-        # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
-        residual = self._residual_of(step)
-        torch.index_select(self._weights.embedding, 0, step.tokens, out=residual)
+    def begin(self, step: Step) -> EndPrefill:
+        """Launch what depends on no draw: all layers but the last, or all layers of a stage before the last. What it
+        returns ends any step of so many tokens, whose memory is the same."""
+        x = self._begin(step)
+        if self._stage.is_last:
+            return partial(self._end_prefill, x)
+        self._end(step, x)
+        return _end_nothing
+
+    def _begin(self, step: Step) -> Rows:
+        """All layers but the last; what that one reads."""
         products = self._products_of(step)
+        if self._stage.is_first:
+            self._embed(step, products)
+        return begin_layers(self._weights, self._ops(step, products, 0), self._indices)
+
+    def _embed(self, step: Step, products: StepProducts) -> None:
+        # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
+        residual = self.residual(len(step.tokens))
+        torch.index_select(self._weights.embedding, 0, step.tokens, out=residual)
         products.embed(step.tokens, residual)
         if self._embedding_scale != 1.0:
             residual.mul_(self._embedding_scale)
-        return begin_layers(self._weights, self._ops(step, products, 0), self._indices)
 
     def _end(self, step: Step, x: Rows) -> torch.Tensor | None:
         """The last layer, of which two norms are left."""
         num_norms = 2 * len(self._weights.layers) - 1
         return end_layers(self._weights, self._ops(step, self._products_of(step), num_norms), x)
 
-    def _residual_of(self, step: Step) -> torch.Tensor:
-        return self._act.residual[: len(step.tokens)]
+    def residual(self, num_tokens: int) -> torch.Tensor:
+        """[num_tokens, hidden]: of a step while it runs; of a stage, with which the step enters and leaves it."""
+        return self._act.residual[:num_tokens]
 
     def _products_of(self, step: Step) -> StepProducts:
         return StepProducts(self._products, self._adapters, step.adapters, pdl=step.pdl)
 
     def _ops(self, step: Step, products: StepProducts, num_norms: int) -> StepOps:
         """num_norms: of the step that were computed."""
-        config, residual = self._config, self._residual_of(step)
+        config, residual = self._config, self.residual(len(step.tokens))
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
             norms, pool, rope = self._norms[index], self._bound(), self._ropes[index]
@@ -218,7 +244,7 @@ class DeviceDecoder:
             else:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
-        last, eps = config.num_layers - 1, config.rms_norm_eps
+        last, eps = config.num_layers - 1 if self._stage.is_last else None, config.rms_norm_eps
         return StepOps(self._act, products, self._experts, step, rope_and_write_layer, last, eps, self._sums, num_norms)
 
     def _head_rows(self, adapters: AdapterRows | None, drawn: torch.Tensor) -> AdapterRows | None:
@@ -244,14 +270,18 @@ class DeviceDecoder:
         return self._pool
 
 
+def _end_nothing(step: Step) -> None:
+    """Of a step that has ended."""
+
+
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:
     """Weights of the norms of query and key heads; None where the layer has none."""
     return layer.attention.head_norms if isinstance(layer.attention, AttentionWeights) else None
 
 
-def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
-    """Of all products of the model but those of experts, each once."""
-    shapes = [shape_of(weights.lm_head)]
+def product_shapes(weights: Weights, *, head: bool = True) -> tuple[ProductShape, ...]:
+    """Of all products of the model but those of experts, each once; head: it has one."""
+    shapes = [shape_of(weights.lm_head)] if head else []
     for layer in weights.layers:
         mlp = layer.mlp
         shapes += map(shape_of, layer.attention.held)

@@ -1,16 +1,15 @@
-"""Steps with parts of prompts as captured pieces: all layers but the last, cut where each layer attends.
+"""Steps with parts of prompts as captured pieces: what depends on no draw, cut where each layer attends.
 
 What attention launches depends on the sequences of a step, all else on its number of tokens alone. So one ladder of
 sizes serves parts of prompts of any sequences, with rows that decode before them or without, and a step is padded to
 the next size. The host then launches a piece, attention, a piece, and the last layer op by op, since that depends on
-what is drawn.
+what is drawn; a stage before the last draws nothing, and has all of its layers in pieces.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -19,7 +18,7 @@ from baton.models.batch import Row
 from baton.models.cuda.attention import Attend
 from baton.models.cuda.chunk_upload import ChunkUpload
 from baton.models.cuda.chunks import with_tokens
-from baton.models.cuda.decoder import DeviceDecoder
+from baton.models.cuda.decoder import DeviceDecoder, EndPrefill
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import Hole, Queue
 from baton.models.cuda.step_decoder import StepDecoder
@@ -30,9 +29,6 @@ SMALL, SMALL_STEP = 1024, 64
 LARGE, LARGE_STEP = 2048, 128
 """Sizes, and tokens up to which every multiple of a step is one. Products have tiles of 128 tokens, so that padding
 costs little; beyond, launching an 8B model's step takes the host less than the GPU."""
-
-EndPrefill = Callable[[Step], None]
-"""DeviceDecoder.end_prefill, of a step that has begun."""
 
 
 def piece_sizes(max_tokens: int) -> tuple[int, ...]:
@@ -86,7 +82,6 @@ class PrefillPieces:
         adapters = self._upload.send(arrays, [row], size).adapters
 
         def begin(attend: Hole) -> EndPrefill:
-            step = Step(tokens, positions, kv_slots, attend, adapters=adapters)
-            return partial(decoder.end_prefill, decoder.begin(step))
+            return decoder.begin(Step(tokens, positions, kv_slots, attend, adapters=adapters))
 
         return self._queue.capture_around(begin)

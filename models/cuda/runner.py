@@ -25,9 +25,10 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankSlots
 from baton.models.cuda.adapter_layout import BankLayout, BankShape, WholeShape
 from baton.models.cuda.adapter_steps import AdapterSteps
-from baton.models.cuda.chunk_steps import CHUNK_SEQUENCES, ChunkSteps
+from baton.models.cuda.chunk_forward import CHUNK_SEQUENCES, ChunkForward
+from baton.models.cuda.chunk_steps import ChunkSteps
 from baton.models.cuda.chunk_upload import ChunkUpload
-from baton.models.cuda.chunks import TABLE_WIDTH, decodes
+from baton.models.cuda.chunks import TABLE_WIDTH, decodes, num_tokens_of
 from baton.models.cuda.context_memory import ContextMemory
 from baton.models.cuda.decode_plans import DecodePlans
 from baton.models.cuda.decode_rows import DecodeRows
@@ -42,12 +43,13 @@ from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
 from baton.models.cuda.limits import StepLimits, check_supported
 from baton.models.cuda.mixed_steps import MixedSteps
 from baton.models.cuda.peers import DevicePeers
-from baton.models.cuda.pool_binding import PoolBinding
+from baton.models.cuda.pool_binding import PoolBinding, paged_pool
 from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.cuda.products import Policy, fastest, invariant
 from baton.models.cuda.prompt_entries import PromptEntries
 from baton.models.cuda.prompt_scores import PromptScorer, scored_parts
 from baton.models.cuda.queue import Draws, Queue, QueueMark, aligned
+from baton.models.cuda.residuals import Enter, EnteringResiduals, enter_nothing
 from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.cuda.step_draws import StepDraws
@@ -57,14 +59,17 @@ from baton.models.eagle_weights import EagleWeights
 from baton.models.kv_format import KvFormat
 from baton.models.layer_order import no_tap
 from baton.models.layer_weights import Weights
-from baton.models.partition import WHOLE, part_of
+from baton.models.partition import ONLY_STAGE, WHOLE, Stage, part_of
 from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import SamplingSpec
 
 
 class CudaRunner:
-    """Launches steps of one model over one pool. One thread makes all calls."""
+    """Launches steps of one model over one pool. One thread makes all calls.
+
+    The last stage of a pipeline is one too, whose steps are of prompts alone; those before it are `AdvancingStage`s.
+    """
 
     def __init__(
         self,
@@ -78,14 +83,16 @@ class CudaRunner:
         peers: DevicePeers | None = None,
         eagle: tuple[EagleConfig, EagleWeights] | None = None,
         bank_memory: torch.Tensor | None = None,
+        stage: Stage = ONLY_STAGE,
     ) -> None:
         """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
         max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
         default keys and values are of the weights' dtype. peers: the weights are one rank's part; all ranks launch the
         same steps, and draw the same tokens. eagle: a draft, or the rank's part of it, whose layer lies behind
         the model's in the pool; it proposes in place of the search for matches. bank_memory: of the slots of adapters,
-        as BankShape has it, where another process fills them."""
-        own = part_of(config, WHOLE if peers is None else peers.rank)
+        as BankShape has it, where another process fills them. stage: the weights are of the last of several."""
+        self._rank, self._stage = WHOLE if peers is None else peers.rank, stage
+        own = part_of(config, self._rank, stage)
         check_supported(own)
         self.config, self._own, self._peers = config, own, peers
         self.run_ahead = limits.run_ahead
@@ -121,6 +128,9 @@ class CudaRunner:
         self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
         drafted = row_tokens if limits.most_drafts else 0
         self._results = [StepResult(queue, rows, limits.most_drafts, drafted) for _ in range(limits.run_ahead + 1)]
+        self._entering: EnteringResiduals | None = None
+        if stage.count > 1 and isinstance(self._decoder, DeviceDecoder):
+            self._entering = EnteringResiduals(queue, limits, self._decoder.residual(limits.step_tokens), stage)
         self._last: QueueMark | None = None
         self._bound: PoolBinding | None = None
         self._longest = max_len
@@ -137,13 +147,14 @@ class CudaRunner:
             None if self._peers is None else self._peers.sums,
             self._adapters,
             no_tap if self._eagle is None else self._eagle.tap,
+            self._stage,
         )
 
     def _make_adapters(self, model: Weights | StepDecoder, memory: torch.Tensor | None) -> AdapterSteps:
         """With memory for the slots, which become `adapters`."""
         if not isinstance(model, Weights):
             raise SettingsError(f"--max-loras: {self.config.architecture} runs through transformers, without adapters")
-        limits, rank = self._limits, WHOLE if self._peers is None else self._peers.rank
+        limits, rank = self._limits, self._rank
         layout, wholes = (
             BankLayout.of(
                 self.config,
@@ -178,28 +189,14 @@ class CudaRunner:
     ) -> None:
         """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
         not NaN. scales: in the pool's memory, where each key and value has its own."""
-        block_tokens = pool.shape[4]
-        if block_tokens & (block_tokens - 1):
-            raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")
+        config, rank = self.config, self._rank
+        layers = self._stage.layers(config.num_layers)
+        kv_format = self.kv_format.part(layers, rank.key_heads(config.num_kv_heads))
+        paged = paged_pool(pool, scales, self._own, len(layers) + (self._eagle is not None), kv_format)
         self._longest = max_model_len
-        self._bound = self._bind_steps(self._paged(pool, scales), block_tokens)
+        self._bound = self._bind_steps(paged, pool.shape[4])
         self.queue.rehearse(self._rehearse)
         self._bound.capture_all(on_progress)
-
-    def _paged(self, pool: torch.Tensor, scales: torch.Tensor | None) -> PagedPool:
-        """Of this rank's heads, with all scales; InvariantBroken if it is not as the model needs it."""
-        config = self._own
-        units = (config.num_kv_heads, config.num_layers + (self._eagle is not None))
-        shape = (pool.shape[0], *units, config.kv_planes, pool.shape[4], config.head_dim)
-        if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
-            raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
-        if (scales is not None) != self.kv_format.has_scales_inside:
-            raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
-        static = self.kv_format.static
-        if static is not None and self._peers is not None:
-            heads = self._peers.rank.key_heads(self.config.num_kv_heads)
-            static = static[..., heads.start : heads.stop].contiguous()
-        return PagedPool.of(pool, scales if static is None else static.to(self.queue.device), config.kv_planes)
 
     def _bind_steps(self, pool: PagedPool, block_tokens: int) -> PoolBinding:
         """All kinds of steps over this pool; they are not captured yet."""
@@ -223,24 +220,26 @@ class CudaRunner:
         meet = no_meeting if self._peers is None else self._peers.meet
         entries, scorer = self._entries, self._scorer
         pieces = PrefillPieces(queue, decoder, limits, upload)
-        chunks = ChunkSteps(queue, decoder, limits, upload, draws, entries, scorer, meet, captured_width, pieces)
+        forward = ChunkForward(queue, decoder, limits, upload, pieces, captured_width)
+        chunks = ChunkSteps(queue, decoder, upload, forward, draws, entries, scorer, meet)
         mixed = MixedSteps(queue, decoder, limits, decode, upload, draws, entries, pieces)
-        return PoolBinding(block_tokens, decode, chunks, mixed, pieces, after)
+        return PoolBinding(block_tokens, decode, forward, chunks, mixed, pieces, after, self._stage.count == 1)
 
     def warm_up(self) -> None:
         """Run steps of every size that has kernels of its own, so that no request waits for a compiler. The pool's
         first blocks are written: no sequence may own them yet."""
         bound = self._bind()
         for rows in warm_up_steps(self._limits, self._longest, bound.block_tokens):
-            self.launch(rows).read()
+            entering = None if self._entering is None else self._entering.of_zeros(num_tokens_of(rows))
+            self.launch(rows, entering).read()
         if self.drafts is not None:  # a kernel of steps with masks
             self.drafts.offer([Row([0], 0, [0], Draw(SamplingSpec(max_tokens=1), (), 1, 0))])
         if bound.after is not None:
             self.budget.measure(bound.decode.times(), bound.after.times())
 
-    def launch(self, rows: Sequence[Row]) -> Launched:
-        """As models.batch.Runner says."""
-        return self.launch_chosen(rows, self.choose(rows))
+    def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched:
+        """As models.batch.Runner says. entering: [N, hidden], what the stage before has made of the rows."""
+        return self.launch_chosen(rows, self.choose(rows), entering)
 
     def choose(self, rows: Sequence[Row]) -> BudgetChoice | None:
         """For the launch of these rows: the tokens of those that decode, drafts included; None: as many as rows, and so
@@ -263,12 +262,15 @@ class CudaRunner:
         }
         return self.budget.choose(((row.slot, row.most_drafts) for row in decode), certain)
 
-    def launch_chosen(self, rows: Sequence[Row], choice: BudgetChoice | None) -> Launched:
+    def launch_chosen(
+        self, rows: Sequence[Row], choice: BudgetChoice | None, entering: torch.Tensor | None = None
+    ) -> Launched:
         """As `launch`, with what `choose` says of these rows, here or at another rank."""
         if not self._results:
             raise InvariantBroken(f"more than {self.run_ahead + 1} steps are launched and not read")
-        decode = [index for index, row in enumerate(rows) if decodes(row)]
-        chunks = [index for index, row in enumerate(rows) if not decodes(row)]
+        staged = self._entering is not None
+        decode = [index for index, row in enumerate(rows) if decodes(row) and not staged]
+        chunks = [index for index, row in enumerate(rows) if not decodes(row) or staged]
         drawing = decode + [index for index in chunks if rows[index].draw is not None]
         masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
         draws = Draws(self.queue, deferred=bool(masked))
@@ -279,7 +281,8 @@ class CudaRunner:
         offered: Callable[[], Sequence[Sequence[int]]] = tuple
         if masked and choice is not None:
             offered = self._offer(rows, result)
-        begun = self._launch_both(own, parts, result, draws, choice)
+        enter = enter_nothing if self._entering is None else self._entering.send(entering, num_tokens_of(rows))
+        begun = self._launch_both(own, parts, result, draws, choice, enter)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun
         computed = self.queue.mark() if masked else None
@@ -381,6 +384,7 @@ class CudaRunner:
         result: StepResult,
         draws: Draws,
         choice: BudgetChoice | None,
+        enter: Enter,
     ) -> QueueMark:
         """Of either kind there may be none. Returns the step's begin on the device."""
         bound = self._bind()
@@ -393,7 +397,7 @@ class CudaRunner:
             keep_logits = draws.deferred and bool(chunks)
             begun.append(bound.decode.launch(decode, result, draws, choice, keep_logits=keep_logits))
         if chunks:
-            begun.append(bound.chunks.launch(chunks, result, len(decode), draws))
+            begun.append(bound.chunks.launch(chunks, result, len(decode), draws, enter))
         return begun[0]
 
     def _rehearse(self) -> None:

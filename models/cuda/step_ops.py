@@ -101,12 +101,13 @@ class StepOps:
         experts: ExpertBlocks | None,
         step: Step,
         rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
-        last: int,
+        last: int | None,
         eps: float,
         sums: RankInbox | None,
         num_norms: int,
     ) -> None:
-        """last: number of the last layer. num_norms: of the step that were computed."""
+        """last: number of the last layer, which ends for tokens that draw alone; None: these layers compute all tokens
+        to their end. num_norms: of the step that were computed."""
         self._sums = sums
         self._act, self._products, self._experts, self._step = act, products, experts, step
         self._kv_slots: torch.Tensor | None = step.kv_slots

@@ -15,7 +15,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import choose_attention
+from baton.models.cuda.attention import choose_attention, grouped_shapes
 from baton.models.cuda.chunks import decodes, lay_out
 from baton.models.cuda.limits import check_supported
 from baton.models.cuda.queue import Queue
@@ -23,6 +23,7 @@ from baton.models.fallback.admission import compare, distance, expect, named_ref
 from baton.models.fallback.device import DeviceFallback
 from baton.models.fallback.loader import load_model, log_slower_way
 from baton.models.fallback.modules import replace_modules
+from baton.models.layers import describe
 
 HEAD_MULTIPLE = 16
 """Elements of a head that the attention kernels take; narrower ones are padded with zeros."""
@@ -71,7 +72,8 @@ class DeviceTrial:
         shape = (2 * self._width, config.num_kv_heads, config.num_layers, 2, BLOCK_TOKENS, config.head_dim)
         pool = PagedPool.of(torch.zeros(shape, dtype=decoder.dtype, device=queue.device))
         decoder.bind_pool(pool)
-        self._attention = choose_attention(config, [None] * config.num_layers, pool, queue, deterministic=False)
+        shapes = grouped_shapes(describe(config))
+        self._attention = choose_attention(config, shapes, [None] * len(shapes), pool, queue, deterministic=False)
         self._plan = split_plan(1, config.num_kv_heads, queue.num_sms)
         self._scratch = DecodeScratch.make(
             1, self._plan.num_chunks, config.num_heads, config.num_kv_heads, config.head_dim, queue.device

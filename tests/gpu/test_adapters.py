@@ -307,7 +307,7 @@ def test_slots_are_filled_beside_steps(limits):
     images = [mixed.runner.adapters.prepare(adapter) for adapter in mixed.adapters]
     launch, fills = mixed.runner.launch, []
 
-    def launch_and_fill(rows):
+    def launch_and_fill(rows, entering=None):
         fills.append(mixed.runner.adapters.fill(3, images[len(fills) % 3]))
         return launch(rows)
 
