@@ -107,7 +107,9 @@ def load_model(
     if device == "cpu":
         return _load_on_cpu(settings, sizes, role, folder, draft)
     if settings.pp > 1:
-        raise SettingsError(f"--pp {settings.pp}: the stages of a worker compute on CPUs only: --device cpu, or --pp 1")
+        from baton.worker.build_stages import load_stages_on_cuda
+
+        return load_stages_on_cuda(settings, sizes, role, folder)
     if settings.tp > 1:
         from baton.worker.build_ranks import load_ranks_on_cuda
 

@@ -35,14 +35,15 @@ from baton.node.messages.base import Role
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import LoadedModel, checked_planes, model_part, pool_blocks, progress_log
+from baton.worker.gpu_shares import gpus_of, is_sized, share_of_gpu
 from baton.worker.kv_layout import name_of
-from baton.worker.ranks.device import DTYPES, DeviceRank, bank_shape, device_layout
+from baton.worker.ranks.device import DeviceRank, bank_shape
+from baton.worker.ranks.device_loading import DTYPES, device_layout
 from baton.worker.ranks.following import LeadingRunner
 from baton.worker.ranks.group import RankGroup, rank_start
 from baton.worker.ranks.messages import (
     DeviceLoaded,
     DevicePoolsMade,
-    DeviceShare,
     RankReady,
     RankStart,
     SharedBytes,
@@ -60,13 +61,8 @@ def load_ranks_on_cuda(
 ) -> LoadedModel:
     """draft: the folder of an EAGLE-3 draft. Raises SettingsError for what no kernel here does, and where memory does
     not suffice."""
-    config, count, gpus = model_config(folder), settings.tp, gpus_of(settings)
+    config, count, gpus = model_config(folder), settings.tp, gpus_of(settings, f"--tp {settings.tp}")
     check_partition(config, count)
-    if max(gpus) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"--tp {count}: its ranks need the GPUs {' '.join(map(str, gpus))}, and this torch sees "
-            f"{torch.cuda.device_count()}, counted from 0"
-        )
     if draft is not None and settings.kv_dtype == "fp8_static":
         raise SettingsError(NO_STATIC_SCALES)
     part = model_part(settings, folder, config.vocab_size, draft)
@@ -74,11 +70,11 @@ def load_ranks_on_cuda(
 
     def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
         described = rank_start(part, count, *how, index, fds, memory)
-        return msgspec.structs.replace(described, device=_share(settings, sizes, index))
+        return msgspec.structs.replace(described, device=share_of_gpu(settings, sizes, gpus[index], settings.run_ahead))
 
     group = RankGroup(count, start)
     try:
-        return _load(settings, sizes, role, group, start(0, {}, SharedBytes(0, 0, b"")))
+        return _load(settings, sizes, role, group, start(0, {}, SharedBytes(0, 0, b"")), gpus)
     except torch.OutOfMemoryError as error:
         group.close()
         raise SettingsError(f"the memory of GPU {gpus[0]} does not suffice: {str(error).splitlines()[0]}") from None
@@ -87,45 +83,21 @@ def load_ranks_on_cuda(
         raise
 
 
-def gpus_of(settings: WorkerSettings) -> Sequence[int]:
-    """Of the ranks, in order."""
-    gpus = settings.rank_gpus or range(settings.gpu, settings.gpu + settings.tp)
-    if len(gpus) != settings.tp:
-        raise SettingsError(f"--rank-gpus names {len(gpus)} GPUs for --tp {settings.tp}")
-    return gpus
-
-
-def _share(settings: WorkerSettings, sizes: WorkerSizes, index: int) -> DeviceShare:
-    return DeviceShare(
-        gpu=gpus_of(settings)[index],
-        max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
-        run_ahead=settings.run_ahead,
-        deterministic=settings.deterministic,
-        most_drafts=settings.most_drafts,
-        block_tokens=sizes.block_tokens,
-        gpu_memory_utilization=None if _is_sized(settings, sizes) else settings.gpu_memory_utilization,
-    )
-
-
-def _is_sized(settings: WorkerSettings, sizes: WorkerSizes) -> bool:
-    """Whether the size of the pools is given."""
-    return settings.num_blocks is not None or sizes.kv_memory_gib is not None
-
-
-def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankGroup, start: RankStart) -> LoadedModel:
+def _load(
+    settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankGroup, start: RankStart, gpus: Sequence[int]
+) -> LoadedModel:
     """Rank 0's part, and the pools of all."""
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
     own = DeviceRank.load(start, progress_log("loading_weights", "tensors"))
     config, count = own.runner.config, settings.tp
     layout = device_layout(config, own.runner.kv_format, sizes.block_tokens, has_draft=bool(start.model.draft))
     others = group.answers(DeviceLoaded)
-    if _is_sized(settings, sizes):
+    if is_sized(settings, sizes):
         # The size is that of one rank's pool, as the memory is that of one GPU.
         num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, own.layout)
     else:
         num_blocks = min(own.num_blocks, *(other.num_blocks for other in others))
-    pools = [DevicePool(own.layout, num_blocks, gpu) for gpu in gpus_of(settings)]
+    pools = [DevicePool(own.layout, num_blocks, gpu) for gpu in gpus]
     torch.cuda.set_device(own.share.gpu)
     log_event(
         logger,
@@ -175,7 +147,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, role: Role, group: RankG
         make_planes,
         copies,
         POLL_S,
-        adapter_slots=_slots(own, start, [other.bank for other in others], gpus_of(settings)),
+        adapter_slots=_slots(own, start, [other.bank for other in others], gpus),
         ranks=group,
     )
 

@@ -109,7 +109,7 @@ class CudaRunner:
         self._decoder: StepDecoder = (
             model if not isinstance(model, Weights) else self._make_decoder(model, policy, max_len)
         )
-        dtype = self._decoder.dtype
+        self.dtype = dtype = self._decoder.dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.kv_dtype = self.kv_format.dtype
         self.drafts: DraftSlots | None = None

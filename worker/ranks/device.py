@@ -7,10 +7,8 @@ alone (models.cuda.peers). Needs CUDA and triton.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,32 +17,22 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.device_pool import DeviceMemory, mapped
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
-from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_layout import BankLayout, BankShape, WholeShape
-from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.peers import DevicePeers, RankMemory
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
 from baton.models.eagle_config import read_eagle
 from baton.models.eagle_weights import load_eagle
-from baton.models.fallback.config import model_config
-from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.partition import Rank, check_partition, part_of
-from baton.models.weights import Progress, load_weights, no_progress
+from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken
-from baton.node.telemetry import log_event
-from baton.worker.kv_layout import layout_of
+from baton.worker.ranks.device_loading import DTYPES, config_of, device_layout, limits_of, load_on_gpu, room_for_blocks
 from baton.worker.ranks.exchange import ProcessPeers
 from baton.worker.ranks.following import Follower
 from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, DeviceShare, ModelPart, RankStart, decode, encode
-
-logger = logging.getLogger("ranks")
-
-DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +58,9 @@ class DeviceRank:
         if share is None:
             raise InvariantBroken("a rank on a GPU without its share of one")
         torch.cuda.set_device(share.gpu)
-        config = model_config(folder)
+        (config, longest), dtype = config_of(start.model), DTYPES[start.model.dtype]
         check_partition(config, rank.count)
-        longest = longest_known(start.model.max_model_len, config)
-        config = config.up_to(longest)
-        began_at, dtype = time.monotonic(), DTYPES[start.model.dtype]
-        weights = load_weights(
-            config,
-            folder,
-            dtype,
-            f"cuda:{share.gpu}",
-            start.model.load_format,
-            on_progress,
-            pack=False,
-            rank=rank,
-            recipe=recipe_for(start.model.quantization, config),
-            keep_quantised=True,
-        )
+        weights = load_on_gpu(start.model, config, share.gpu, on_progress, rank)
         eagle, draft_bytes = None, 0
         if start.model.draft:
             eagle_config = read_eagle(Path(start.model.draft), config)
@@ -94,30 +68,8 @@ class DeviceRank:
                 eagle_config, Path(start.model.draft), weights, start.model.load_format, pack=False, rank=rank
             )
             eagle, draft_bytes = (eagle_config, draft), draft.size_bytes
-        torch.cuda.empty_cache()  # what tensors took on their way is not the model's
-        sizes_bytes = weights.size_bytes
-        log_event(
-            logger,
-            "weights_loaded",
-            rank=rank.index,
-            took_s=round(time.monotonic() - began_at, 1),
-            weights_gib=round(sum(sizes_bytes.values()) / GIB, 1),
-            formats=",".join(f"{name}:{round(size / GIB, 1)}" for name, size in sorted(sizes_bytes.items())),
-        )
-        limits = StepLimits(
-            share.max_num_seqs,
-            share.max_num_batched_tokens,
-            share.run_ahead,
-            share.deterministic,
-            most_drafts=share.most_drafts,
-            adapter_slots=start.model.max_loras,
-            max_rank=start.model.max_lora_rank,
-            adapter_vocabulary=start.model.lora_vocabulary,
-            adapter_wholes=start.model.lora_modules_to_save,
-            adapter_routers=start.model.lora_routers,
-            adapter_experts=start.model.lora_experts,
-            adapter_magnitudes=start.model.lora_dora,
-        )
+        torch.cuda.empty_cache()  # as behind the weights
+        limits = limits_of(share, start.model)
         exchanged = RankMemory.of(config, rank, dtype, limits.max_tokens)
         exchange = DeviceMemory(1, exchanged.size_bytes, share.gpu)
         peers = DevicePeers(exchanged, exchange.data.view(-1), config.vocab_size)
@@ -136,20 +88,14 @@ class DeviceRank:
             bank_memory=None if bank_memory is None else bank_memory.data.view(-1),
         )
         layout = device_layout(part_of(config, rank), kv_format, share.block_tokens, has_draft=eagle is not None)
-        weights_bytes = sum(sizes_bytes.values()) + draft_bytes
+        weights_bytes = sum(weights.size_bytes.values()) + draft_bytes
         return cls(rank, share, runner, peers, exchange, bank_memory, layout, weights_bytes, longest)
 
     @property
     def num_blocks(self) -> int:
         """For which this GPU has room, beside the contexts of this process and of rank 0's; 0: they are given."""
-        if self.share.gpu_memory_utilization is None:
-            return 0
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self.share.gpu)
-        others = CONTEXT_BYTES if self.rank.index else 0
         apart_bytes = self.exchange.payload_bytes + (0 if self.bank is None else self.bank.payload_bytes)
-        own_bytes = torch.cuda.memory_reserved(self.share.gpu) + apart_bytes + others
-        memory = GpuMemory(total_bytes, free_bytes, own_bytes)
-        return plan_blocks(memory, self.share.gpu_memory_utilization, self.layout.block_bytes)
+        return room_for_blocks(self.share, self.layout.block_bytes, apart_bytes, is_worker=not self.rank.index)
 
     def bind(self, tensors: KvTensors, max_model_len: int, on_progress: Progress = no_progress) -> None:
         """Steps use this pool, and are captured; the others take no part yet."""
@@ -176,12 +122,6 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
         config, rank, vocabulary=part.lora_vocabulary, routers=part.lora_routers, experts=part.lora_experts
     )
     return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, part.lora_dora)
-
-
-def device_layout(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:
-    """As a GPU's pool has it."""
-    layout = layout_of(config, kv_format, block_tokens, has_draft=has_draft)
-    return replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
 
 
 def join_on_device(

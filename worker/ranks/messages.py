@@ -38,7 +38,7 @@ class SharedBytes(msgspec.Struct, frozen=True):
 
 
 class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank that computes on a GPU needs besides; the worker's settings and sizes."""
+    """What a rank or a stage that computes on a GPU needs besides; the worker's settings and sizes."""
 
     gpu: int
     max_num_seqs: int
@@ -100,6 +100,22 @@ class DevicePoolsMade(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     max_model_len: int
 
 
+class DeviceStageLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """From a stage that has loaded its layers on a GPU."""
+
+    num_blocks: int
+    """For which its GPU has room; 0: their number is given."""
+
+
+class DeviceStagePool(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a stage that has loaded its layers on a GPU. The first stage's process owns all pools."""
+
+    pool: bytes
+    """CUDA IPC handle of the memory of this stage's."""
+    num_blocks: int
+    max_model_len: int
+
+
 class StageStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """To a stage: what it is, and the model that it loads its layers of."""
 
@@ -114,6 +130,8 @@ class StageStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_ranks: int
     """Processes that share the stage."""
     threads: int
+    device: DeviceShare | None = None
+    """None: on a CPU."""
 
 
 class RankReady(msgspec.Struct, frozen=True, tag=True):
@@ -126,7 +144,17 @@ class RankBeat(msgspec.Struct, frozen=True, tag=True):
 
 BEAT_S = 0.5
 
-RankMessage = RankStart | StageStart | PoolMade | DeviceLoaded | DevicePoolsMade | RankReady | RankBeat
+RankMessage = (
+    RankStart
+    | StageStart
+    | PoolMade
+    | DeviceLoaded
+    | DevicePoolsMade
+    | DeviceStageLoaded
+    | DeviceStagePool
+    | RankReady
+    | RankBeat
+)
 _decoder = msgspec.msgpack.Decoder(RankMessage)
 
 

@@ -48,6 +48,22 @@ def main(argv: Sequence[str]) -> int:
     index, count = start.model.stage, start.model.num_stages
     before = StageLink.inherited(f"stage {index - 1}", start.entering_fd)
     after = StageLink.inherited(f"stage {(index + 1) % count}", start.leaving_fd)
+    try:
+        if start.device is None:
+            _compute(start, control, before, after)
+        else:
+            _compute_on_gpu(start, control, before, after)
+    except SettingsError as error:
+        print(f"{start.name}: {error}", file=sys.stderr)
+        return 1
+    except PeerLost as error:
+        log_event(logger, "stage_stopped", stage=index, reason=str(error))
+    return 0
+
+
+def _compute(start: StageStart, control: RankLink, before: StageLink, after: StageLink) -> None:
+    """Load the stage, and compute what enters it until PeerLost."""
+    index, count = start.model.stage, start.model.num_stages
     ranks, peers = start_ranks(start.model, start.num_ranks, start.name, start.log_level, start.threads)
     try:
         runner = load_part(start.model, peers)
@@ -57,20 +73,28 @@ def main(argv: Sequence[str]) -> int:
         bind_pool(runner, start.model, made)
         ranks.share_pool(made)
         ranks.watch(lambda lost: before.shut())
-        control.send(encode(RankReady()))
-        threading.Thread(target=beat, args=((control,),), name="beat", daemon=True).start()
-        log_event(logger, "stage_started", stage=index, of=count, layers=runner.num_kv_layers, pid=os.getpid())
-        freeze_startup_objects()
+        _say_ready(start, control, runner.num_kv_layers)
         fill = partial(fill_as_first, runner.adapters)
         work(runner, Entering(before, count), after, index + 1 == count, on_filled=fill)
-    except SettingsError as error:
-        print(f"{start.name}: {error}", file=sys.stderr)
-        return 1
-    except PeerLost as error:
-        log_event(logger, "stage_stopped", stage=index, reason=str(error))
     finally:
         ranks.close()
-    return 0
+
+
+def _compute_on_gpu(start: StageStart, control: RankLink, before: StageLink, after: StageLink) -> None:
+    """The same, on a GPU; needs CUDA and triton."""
+    from baton.worker.stages.device import join_on_device
+
+    stage = join_on_device(start, control, LOAD_S)
+    _say_ready(start, control, stage.layout.num_layers)
+    stage.work(before, after)
+
+
+def _say_ready(start: StageStart, control: RankLink, num_layers: int) -> None:
+    control.send(encode(RankReady()))
+    threading.Thread(target=beat, args=((control,),), name="beat", daemon=True).start()
+    index, count = start.model.stage, start.model.num_stages
+    log_event(logger, "stage_started", stage=index, of=count, layers=num_layers, pid=os.getpid())
+    freeze_startup_objects()
 
 
 if __name__ == "__main__":

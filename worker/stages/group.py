@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from baton.kvtransfer.blocks.pool import BlockPool
-from baton.node.errors import SettingsError
 from baton.worker.ranks.links import RankLink, pair
 from baton.worker.ranks.members import (
     Deliver,
@@ -25,15 +25,29 @@ from baton.worker.ranks.members import (
     start_process,
     tell,
 )
-from baton.worker.ranks.messages import ModelPart, RankReady, StageStart, encode
+from baton.worker.ranks.messages import DeviceShare, ModelPart, RankMessage, RankReady, StageStart, encode
 from baton.worker.stages.links import stage_pair
+
+T = TypeVar("T")
+
+
+def on_cpu(stage: int) -> None:
+    """A stage's share of a GPU."""
 
 
 class StageGroup:
     """The stages after the first, and the other ranks of the first. Made in the main thread, which outlives them."""
 
-    def __init__(self, model: ModelPart, num_ranks: int, name: str, log_level: str, threads: int) -> None:
-        """model: as the first stage has it. The stages begin to load at once."""
+    def __init__(
+        self,
+        model: ModelPart,
+        num_ranks: int,
+        name: str,
+        log_level: str,
+        threads: int,
+        share: Callable[[int], DeviceShare | None] = on_cpu,
+    ) -> None:
+        """model: as the first stage has it; share: of a GPU, by stage. The stages begin to load at once."""
         count = model.num_stages
         links = [stage_pair(index, (index + 1) % count) for index in range(count)]
         self.following, self.last = links[0][0], links[-1][1]
@@ -53,6 +67,7 @@ class StageGroup:
                 model=msgspec.structs.replace(model, stage=index),
                 num_ranks=num_ranks,
                 threads=threads,
+                device=share(index),
             )
             self._controls.append(own)
             self._processes.append(start_process("baton.worker.stages", theirs, fds))
@@ -70,12 +85,16 @@ class StageGroup:
 
     def share_pools(self, pools: Sequence[BlockPool]) -> None:
         """Give the stages after the first their pools, and wait until they can join steps."""
-        try:
-            tell(self._controls, [pool_made(pool) for pool in pools])
-            answers(self._controls, RankReady)
-        except SettingsError:
-            self.close()
-            raise
+        self.tell([pool_made(pool) for pool in pools])
+        self.answers(RankReady)
+
+    def tell(self, messages: Sequence[RankMessage]) -> None:
+        """One to each stage after the first, which starts. SettingsError if one has ended."""
+        tell(self._controls, messages)
+
+    def answers(self, kind: type[T]) -> list[T]:
+        """A message of this kind from each stage after the first, in order. SettingsError if one cannot start."""
+        return answers(self._controls, kind)
 
     def watch(self, deliver: Deliver) -> None:
         self._watch.begin(deliver)

@@ -93,9 +93,14 @@ def work(
             leaving.send(encode_rows(rows), bytes_of(left))
 
 
+def is_masked(rows: Sequence[Row]) -> bool:
+    """Whether draws of the step need masks, which come from the first stage."""
+    return any(row.draw is not None and row.draw.is_masked for row in rows)
+
+
 def _drawn(launched: Launched, rows: Sequence[Row], first: StepLink) -> StepDrawn:
     """Of a step in the last stage, which waits for masks from the first where draws need some."""
-    if any(row.draw is not None and row.draw.is_masked for row in rows):
+    if is_masked(rows):
         launched.complete(decode_masks(*first.receive()))
     drawn = launched.read()
     return StepDrawn(drawn, dict(launched.prompt_logprobs))

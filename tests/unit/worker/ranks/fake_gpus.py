@@ -41,7 +41,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cuda.bindings", bindings)
     from baton.kvtransfer.blocks import device_pool
     from baton.worker import build_ranks
-    from baton.worker.ranks import device
+    from baton.worker.ranks import device, device_loading
 
 WAIT_S = 120.0
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class FakeGpus:
         patch.setattr(torch.cuda, "device_count", lambda: 1 + max(self.room))
         patch.setattr(torch.cuda, "mem_get_info", lambda gpu: (self.room[gpu],) * 2)
         patch.setattr(torch.cuda, "memory_reserved", lambda gpu: 0)
-        patch.setattr(device, "plan_blocks", lambda memory, utilization, block_bytes: memory.free_bytes)
+        patch.setattr(device_loading, "plan_blocks", lambda memory, utilization, block_bytes: memory.free_bytes)
         patch.setattr(device.cudart, "use_device", lambda gpu: None)
         patch.setattr(device.cudart, "open_handle", lambda handle: self.handles[handle].pointer)
         for module in (device, device_pool):
@@ -77,7 +77,7 @@ class FakeGpus:
             patch.setattr(module, "mapped", self._mapped)
         patch.setattr(device, "CudaQueue", lambda gpu: self.queues.setdefault(gpu, LazyQueue()))
         patch.setattr(device, "DevicePeers", partial(DevicePeers, meet=self.turns.meet))
-        patch.setattr(device, "load_weights", self._load_weights)
+        patch.setattr(device_loading, "load_weights", self._load_weights)
         patch.setattr(CudaRunner, "warm_up", lambda runner: None)
         patch.setattr(build_ranks, "CudaQueue", lambda gpu: LateQueue())
         patch.setattr(build_ranks, "RankGroup", partial(FakeGroup, self))

@@ -18,10 +18,10 @@ from baton.models.partition import Rank, part_of
 from baton.node.modelhub import locate_model
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.merged import random_adapter, with_vocabulary, with_wholes
-from baton.tests.unit.worker.ranks.fake_gpus import build_ranks, device
+from baton.tests.unit.worker.ranks.fake_gpus import build_ranks, device, device_loading
 from baton.worker.ranks.messages import DeviceLoaded, DevicePoolsMade, ModelPart, RankStart, SharedBytes, decode, encode
 
-DeviceRank, bank_shape, device_layout = device.DeviceRank, device.bank_shape, device.device_layout
+DeviceRank, bank_shape, device_layout = device.DeviceRank, device.bank_shape, device_loading.device_layout
 join_on_device = device.join_on_device
 
 GPUS = (3, 5)
