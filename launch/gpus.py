@@ -49,9 +49,9 @@ class Placement:
 
 
 def place(workers: Mapping[str, int], gpus: Sequence[int], usable: float = USABLE) -> dict[str, Placement]:
-    """Workers, of so many ranks each, take `gpus` in turn, a rank each; those on one GPU get equal parts of the share
-    `usable` of its memory. No GPUs: no placements. SettingsError if a worker has more ranks, or its GPUs do not follow
-    one another."""
+    """Workers, of so many ranks or stages each, take `gpus` in turn, one each; those on one GPU get equal parts of the
+    share `usable` of its memory. No GPUs: no placements. SettingsError if a worker has more ranks, or its GPUs do not
+    follow one another."""
     if not gpus:
         return {}
     chosen: dict[str, Sequence[int]] = {}
@@ -62,7 +62,9 @@ def place(workers: Mapping[str, int], gpus: Sequence[int], usable: float = USABL
         taken = [gpus[(place + rank) % len(gpus)] for rank in range(ranks)]
         if taken != list(range(taken[0], taken[0] + ranks)):
             known = " ".join(map(str, gpus))
-            raise SettingsError(f"--tp {ranks}: needs {ranks} GPUs whose numbers follow one another, of GPUs {known}")
+            raise SettingsError(
+                f"{worker}: --tp and --pp need {ranks} GPUs whose numbers follow one another, of GPUs {known}"
+            )
         chosen[worker], place = taken, place + ranks
     ranks_on = Counter(gpu for taken in chosen.values() for gpu in taken)
     return {

@@ -70,8 +70,8 @@ class ServeSettings(ApiSettings, EngineSettings):
     prefill_pp: int = option(
         1,
         unit="stages",
-        help="pipeline parallel size of each prefill worker: processes that each have some of the layers; on CPUs only "
-        "so far",
+        help="pipeline parallel size of each prefill worker: processes that each have some of the layers; on a GPU "
+        "each",
         minimum=1,
         maximum=8,
     )
@@ -200,13 +200,9 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
             "this torch is a build for CPUs; leave the option out to serve on the CPU"
         )
     gpus = settings.gpus or tuple(range(num_visible))
-    if gpus and settings.device != "cpu" and settings.prefill and settings.prefill_pp > 1:
-        raise SettingsError(
-            f"--prefill-pp {settings.prefill_pp}: the stages of a worker compute on CPUs only so far; add --device cpu"
-        )
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
-    workers = {name: settings.ranks_of(role) for role, name in worker_names(settings)}
+    workers = {name: settings.ranks_of(role) * settings.stages_of(role) for role, name in worker_names(settings)}
     return place(workers, gpus if settings.device != "cpu" else (), settings.gpu_memory_utilization)
 
 

@@ -74,13 +74,16 @@ class WorkerSettings(EngineSettings):
         maximum=8,
     )
     rank_gpus: tuple[int, ...] = option(
-        (), metavar="GPU", help="numbers of the GPUs of --tp ranks, in their order; default: from --gpu on", minimum=0
+        (),
+        metavar="GPU",
+        help="numbers of the GPUs of --tp ranks, or --pp stages, in their order; default: from --gpu on",
+        minimum=0,
     )
     pp: int = option(
         1,
         unit="stages",
         help="pipeline parallel size of a prefill worker: processes that each have some of the layers, and pass "
-        "chunks of prompts on; on CPUs only so far",
+        "chunks of prompts on; on GPUs one each, from --gpu on",
         minimum=1,
         maximum=8,
     )

@@ -260,8 +260,8 @@ def test_each_role_has_its_number_of_ranks() -> None:
     assert [list(placed[name].gpus) for name in ("prefill-0", "decode-0")] == [[0, 1], [2, 3]]
     with pytest.raises(SettingsError, match="--prefill-pp: with --roles adaptive"):
         ServeSettings(roles="adaptive", prefill_pp=2)
-    with pytest.raises(SettingsError, match="add --device cpu"):
-        local.place_workers(ServeSettings(prefill_pp=2), 4)
+    placed = local.place_workers(ServeSettings(prefill_pp=2), 3)
+    assert [list(placed[name].gpus) for name in ("prefill-0", "decode-0")] == [[0, 1], [2]]
 
 
 def test_proxies_may_start_without_workers() -> None:
