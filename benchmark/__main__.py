@@ -72,6 +72,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
     "reshard": BenchmarkEntry("gpu.reshard", "GB/s between groups of ranks of equal and unequal sizes"),
     "parallel": BenchmarkEntry("gpu.parallel", "norms that sum over ranks, and steps of a rank, on one GPU or several"),
+    "pipeline": BenchmarkEntry("gpu.pipeline", "prompts through stages on several GPUs, beside one GPU"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
     "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),
 }

@@ -63,7 +63,7 @@ def place(workers: Mapping[str, int], gpus: Sequence[int], usable: float = USABL
         if taken != list(range(taken[0], taken[0] + ranks)):
             known = " ".join(map(str, gpus))
             raise SettingsError(
-                f"{worker}: --tp and --pp need {ranks} GPUs whose numbers follow one another, of GPUs {known}"
+                f"{worker}, by --tp and --pp: needs {ranks} GPUs whose numbers follow one another, of GPUs {known}"
             )
         chosen[worker], place = taken, place + ranks
     ranks_on = Counter(gpu for taken in chosen.values() for gpu in taken)
