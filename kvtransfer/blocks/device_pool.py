@@ -8,7 +8,7 @@ lies a random nonce, by which a process that opened the allocation knows that it
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,17 +164,17 @@ class DevicePool:
         self._opened()
         return self._digests.sums(blocks)
 
-    def layer_sums(self, blocks: Sequence[int]) -> bytes:
-        """The same of the layers of these units: block by block, unit by unit. The first call takes seconds."""
+    def begin_layer_sums(self, blocks: Sequence[int]) -> Callable[[], bytes]:
+        """See layer_digests.LayerPool. The first call takes seconds."""
         self._opened()
         if self._layer_digests is None:
             rows = UnitRows(self.layout.num_layers, self.layout.layer_bytes)
             self._layer_digests = BlockDigests(self.memory.data, rows)
-        return self._layer_digests.sums(blocks)
+        return self._layer_digests.begin_sums(blocks)
 
     def layers_digest(self, blocks: Sequence[int]) -> bytes:
-        """Over these sums: see layer_digests.layer_digests."""
-        return digest_of_sums([self.layer_sums(blocks)])
+        """See layer_digests.layer_digests."""
+        return digest_of_sums([self.begin_layer_sums(blocks)()])
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""

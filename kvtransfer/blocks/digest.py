@@ -125,24 +125,39 @@ class BlockDigests:
         """Checksums of the rows of these blocks, WORD_BYTES each, block by block; waits as `digest` does."""
         sums = bytearray()
         for start in range(0, len(blocks), self._checksums.max_blocks):
-            self._run(blocks[start : start + self._checksums.max_blocks])
-            sums += self._checksums.result()
+            sums += self.begin_sums(blocks[start : start + self._checksums.max_blocks])()
         return bytes(sums)
+
+    def begin_sums(self, blocks: Sequence[int]) -> Callable[[], bytes]:
+        """What waits for them, and is called before anything else is: other GPUs may make theirs meanwhile."""
+        if len(blocks) > self._checksums.max_blocks:
+            return lambda: self.sums(blocks)
+        self._launch(blocks)
+
+        def read() -> bytes:
+            self._wait()
+            return self._checksums.result()
+
+        return read
 
     def each(self, blocks: Sequence[int]) -> list[bytes]:
         """The digest of each block alone; waits as `digest` does, once for MAX_BLOCKS of them."""
         digests: list[bytes] = []
         for start in range(0, len(blocks), self._checksums.max_blocks):
-            self._run(blocks[start : start + self._checksums.max_blocks])
+            self._launch(blocks[start : start + self._checksums.max_blocks])
+            self._wait()
             digests += self._checksums.digests()
         return digests
 
-    def _run(self, blocks: Sequence[int]) -> None:
+    def _launch(self, blocks: Sequence[int]) -> None:
         if self._stream is None:
             self._checksums.launch(blocks)
             return
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             self._checksums.launch(blocks)
+
+    def _wait(self) -> None:
+        if self._stream is not None:
             self._stream.synchronize()  # wanted: the protocol needs the digest before it may go on
 
 

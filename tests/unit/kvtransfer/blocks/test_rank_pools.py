@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -27,8 +27,9 @@ class RankSums:
     def unit_sums(self, blocks: Sequence[int]) -> bytes:
         return self._sums[list(blocks)].contiguous().numpy().tobytes()
 
-    def layer_sums(self, blocks: Sequence[int]) -> bytes:
-        return torch.stack([self._sums[list(blocks)], self._sums[list(blocks)] + 1], dim=2).numpy().tobytes()
+    def begin_layer_sums(self, blocks: Sequence[int]) -> Callable[[], bytes]:
+        sums = self._sums[list(blocks)]
+        return torch.stack([sums, sums + 1], dim=2).numpy().tobytes
 
     def close(self) -> None:
         self.closed += 1
