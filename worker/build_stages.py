@@ -116,6 +116,11 @@ def _over_pools(
         torch.cuda.set_device(first.share.gpu)
         return [made]
 
+    copies = None
+    if settings.store:
+        # A step that was read is complete on all GPUs: the last stage ends it.
+        copies = pools.copies()
+        torch.cuda.set_device(first.share.gpu)
     if not isinstance(first.runner, AdvancingStage):
         raise InvariantBroken("the first of several stages is not the last")
     return LoadedModel(
@@ -126,7 +131,7 @@ def _over_pools(
         name_of(DTYPES[settings.dtype]),
         max_model_len,
         make_planes,
-        None,
+        copies,
         POLL_S,
         ranks=stages,
     )

@@ -38,6 +38,8 @@ from baton.worker.stages import device, late
 from baton.worker.stages.late import Leaving
 from baton.worker.stages.links import StageLink, stage_pair
 
+from baton.kvtransfer.blocks import device_stage_pools  # isort: skip  # where fakes of CUDA are
+
 T = TypeVar("T")
 WAIT_S = 120.0
 GPUS = (2, 4, 5)
@@ -63,6 +65,8 @@ class FakeStages:
         self.handles: dict[bytes, FakeMemory] = {}
         self.groups: list[FakeGroup] = []
         self.leaving: list[Leaving] = []
+        self.copied: list[FakeMemory] = []
+        """Memory that the store's copies are of."""
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("set_device", "empty_cache"):
@@ -78,6 +82,7 @@ class FakeStages:
         for runner in (AdvancingStage, CudaRunner):
             patch.setattr(runner, "warm_up", lambda runner: None)
         patch.setattr(build_stages, "StageGroup", self._group)
+        patch.setattr(device_stage_pools, "DeviceCopies", self._copies)
         for module in (late, device):
             patch.setattr(module, "Leaving", self._leave)
 
@@ -90,6 +95,10 @@ class FakeStages:
             if thread.name == "leaving":
                 thread.join(WAIT_S)
                 assert not thread.is_alive()
+
+    def _copies(self, memory: FakeMemory, part: object) -> SimpleNamespace:
+        self.copied.append(memory)
+        return SimpleNamespace(batch_blocks=1)
 
     def _leave(self, *given: Any) -> Leaving:
         self.leaving.append(Leaving(*given))
@@ -258,7 +267,7 @@ def test_stages_draw_what_one_process_draws(monkeypatch, folder):
     plain = ModelRunner.load(folder)
     pool, _ = kv_pool(plain, NUM_BLOCKS, BLOCK)
     plain.bind_pool(pool)
-    model = load(folder)
+    model = load(folder, store="tcp://127.0.0.1:1")
     try:
         assert model.runner.run_ahead == 3 and drawn_by(model.runner) == drawn_by(plain)
         pools = model.pool.pools
@@ -267,6 +276,8 @@ def test_stages_draw_what_one_process_draws(monkeypatch, folder):
         assert model.layout.num_layers == 4 and (model.pool.num_blocks, model.max_model_len) == (NUM_BLOCKS, 64)
         found = torch.cat([pool.tensor for pool in pools], 2)
         torch.testing.assert_close(found, pool, rtol=1e-3, atol=1e-3)
+        assert gpus.copied == [pool.memory for pool in pools]
+        assert model.host_copies.block_bytes == model.layout.block_bytes
         (plane,) = model.make_planes("context", "worker", "host")
         assert plane.given[:2] == (model.pool.cut, pools)
     finally:
