@@ -144,6 +144,7 @@ def _load(
         max_rank=settings.max_lora_rank,
         adapter_vocabulary=settings.lora_vocabulary,
         adapter_wholes=settings.lora_modules_to_save,
+        adapter_latents=settings.lora_kv_b_proj,
         adapter_routers=settings.lora_routers,
         adapter_experts=settings.lora_experts,
         adapter_magnitudes=settings.lora_dora,

@@ -112,6 +112,11 @@ class WorkerSettings(EngineSettings):
         help="on a GPU: room in each slot of --max-loras for an embedding, a head and norms in place of the model's; "
         "on a CPU adapters may always have them",
     )
+    lora_kv_b_proj: bool = option(
+        False,
+        help="on a GPU: room in each slot of --max-loras for low-rank pairs of kv_b_proj of latent attention; on a CPU "
+        "adapters may always have them",
+    )
     lora_routers: bool = option(
         False,
         help="on a GPU: room in each slot of --max-loras for low-rank pairs of routers, and gates of shared experts; "

@@ -50,7 +50,8 @@ GROUPS = {
     r"_kernel",
     "inputs": r"_(gather(_drafts)?|inputs|share_out)_kernel|.*(index_?select|vectorized_gather|CatArray)",
     "ranks": r"_meet_kernel",
-    "adapters": r"_(group_rows|(shrink|expand|embed)_ranks|(shrink|expand)_experts|embed|head|scale_rows)_kernel",
+    "adapters": r"_(group_rows|(shrink|expand|embed)_ranks|(shrink|expand)_experts|embed|head|scale_rows"
+    r"|(absorb|raise)_pairs|expand_latents)_kernel",
     "routing": r"_(router|choose|order|spread)_kernel",
     "linear": r"_(linear\w*|gated_product|product_8bit|gather_columns|experts\w*)_kernel"
     r"|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",

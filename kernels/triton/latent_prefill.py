@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.triton.latent_pairs import LatentPairs, expand_pairs
 from baton.kernels.triton.launch import Launch, cdiv, launch_nothing, launch_options, next_power_of_2, require
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prefill_attention import LOWEST, TILE
@@ -227,12 +228,14 @@ def latent_prefill_attention(
     out: torch.Tensor,
     *,
     scale: float,
+    pairs: LatentPairs | None = None,
 ) -> Callable[[int, torch.Tensor], None]:
     """Fills out [N, H, V]; query [N, H, P + R], a pool of one unit of one plane of L + R, kv_up [H, P + V, L].
 
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose rows are in the pool. work: the work list for
-    BLOCK_M tokens, on the device. How many slices there are follows from the width of the tables.
+    BLOCK_M tokens, on the device. pairs: what adapters change of kv_up, of the new tokens. How many slices there are
+    follows from the width of the tables.
     Returns what does the same for another layer and its kv_up, in a fraction of the host's time.
     """
     num_tokens, heads, dim = query.shape
@@ -321,12 +324,17 @@ def latent_prefill_attention(
             LOWEST=LOWEST,
             **launch_options(8, False, 3),
         )
-        launches.append((expand, attend))
+        launches.append((expand, first_tile, attend))
 
     def of_layer(layer: int, kv_up: torch.Tensor) -> None:
         pool.require_layer(layer)
-        for expand, attend in launches:
+        for expand, first_tile, attend in launches:
             expand(layer=layer, weight_ptr=kv_up)
+            if pairs is not None:
+                expand_pairs(
+                    pool, layer, block_tables, query_starts, lengths, expanded.keys_values, pairs, first_tile,
+                    EXPANDING_PROGRAMS * num_sms, rotated,
+                )  # fmt: skip
             attend()
 
     of_layer(layer, kv_up)

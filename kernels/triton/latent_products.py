@@ -68,7 +68,7 @@ def _absorb_kernel(
 
 
 @triton.jit
-def _parts_of(work_ptr, row, num_chunks, CHUNKS: tl.constexpr):
+def parts_of(work_ptr, row, num_chunks, CHUNKS: tl.constexpr):
     """First part, and how many there are, of each row; found among the chunks of the step."""
     first = tl.zeros_like(row)
     count = tl.zeros_like(row)
@@ -81,6 +81,34 @@ def _parts_of(work_ptr, row, num_chunks, CHUNKS: tl.constexpr):
         first = tl.maximum(first, tl.max(tl.where(mine, tl.load(chunk + FIRST, mask=there, other=0)[None, :], 0), 1))
         count = tl.maximum(count, tl.max(tl.where(mine, tl.load(chunk + PARTS, mask=there, other=0)[None, :], 0), 1))
     return first, count
+
+
+@triton.jit
+def merged_latents(
+    parts_ptr, softmax_ptr, head, first, count, HEADS: tl.constexpr, LATENT: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """What a head attended to, float32 [ROWS, LATENT]; first and count: parts of each row."""
+    element, most = tl.arange(0, LATENT), tl.max(count, 0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for start in tl.range(0, most, CHUNKS):
+        part = start + tl.arange(0, CHUNKS)[None, :]
+        place = softmax_ptr + (first[:, None] + part) * 2 * HEADS + head
+        tops = tl.load(place, mask=part < count[:, None], other=float("-inf"))
+        top = tl.maximum(top, tl.max(tops, 1))
+    top = tl.where(count > 0, top, 0.0)
+    total = tl.zeros([ROWS], tl.float32)
+    merged = tl.zeros([ROWS, LATENT], tl.float32)
+    for start in tl.range(0, most, AT_ONCE):
+        for step in tl.static_range(AT_ONCE):  # their loads are in flight together
+            there = start + step < count
+            number = first + start + step
+            place = softmax_ptr + number * 2 * HEADS + head
+            share = tl.exp2(tl.load(place, mask=there, other=float("-inf")) - top)
+            total += share * tl.load(place + HEADS, mask=there, other=0.0)
+            place = parts_ptr + (number * HEADS + head).to(tl.int64)[:, None] * LATENT + element[None, :]
+            merged += share[:, None] * tl.load(place, mask=there[:, None], other=0.0)
+    return merged / tl.where(count > 0, total, 1.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_chunks"])
@@ -109,31 +137,12 @@ def _raise_kernel(
     element = tl.arange(0, LATENT)
     weight_at = weight_ptr + (head * (PLAIN + VALUE) + PLAIN + value[:, None]) * LATENT + element[None, :]
     weight = tl.load(weight_at, mask=(value < VALUE)[:, None], other=0.0)  # [TILE, LATENT]
-    first, count = _parts_of(work_ptr, row, num_chunks, CHUNKS)  # not written by the kernels of a layer
+    first, count = parts_of(work_ptr, row, num_chunks, CHUNKS)  # not written by the kernels of a layer
     count = tl.where(row < num_rows, count, 0)
-    most = tl.max(count, 0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for start in tl.range(0, most, CHUNKS):
-        part = start + tl.arange(0, CHUNKS)[None, :]
-        place = softmax_ptr + (first[:, None] + part) * 2 * HEADS + head
-        tops = tl.load(place, mask=part < count[:, None], other=float("-inf"))
-        top = tl.maximum(top, tl.max(tops, 1))
-    top = tl.where(count > 0, top, 0.0)
-    total = tl.zeros([ROWS], tl.float32)
-    merged = tl.zeros([ROWS, LATENT], tl.float32)
-    for start in tl.range(0, most, AT_ONCE):
-        for step in tl.static_range(AT_ONCE):  # their loads are in flight together
-            there = start + step < count
-            number = first + start + step
-            place = softmax_ptr + number * 2 * HEADS + head
-            share = tl.exp2(tl.load(place, mask=there, other=float("-inf")) - top)
-            total += share * tl.load(place + HEADS, mask=there, other=0.0)
-            place = parts_ptr + (number * HEADS + head).to(tl.int64)[:, None] * LATENT + element[None, :]
-            merged += share[:, None] * tl.load(place, mask=there[:, None], other=0.0)
-    merged = merged / tl.where(count > 0, total, 1.0)[:, None]
+    merged = merged_latents(parts_ptr, softmax_ptr, head, first, count, HEADS, LATENT, CHUNKS, ROWS, AT_ONCE)
     merged = merged.to(weight_ptr.dtype.element_ty)
     if ROWS == 1:  # the same product as that of a tile, which keeps the bits
         result = tl.dot(tl.broadcast_to(merged, [TILE_ROWS, LATENT]), weight.T, input_precision="ieee")

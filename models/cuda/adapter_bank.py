@@ -104,13 +104,8 @@ class BankSlots:
             )
         for module, (number, product) in self._layout.without.items():
             if adapter.layers[number].product(product):
-                name = module.rpartition(".")[2]
-                if product in ROUTER_PRODUCTS:
-                    raise AdapterError(f"adapts {module}, for which slots on a GPU have room with --lora-routers")
-                raise AdapterError(
-                    f"adapts {module}, which only a CPU computes with: leave {name!r} out of target_modules and "
-                    f"'{name}.weight' out of target_parameters; 'all-linear' means it too"
-                )
+                option = "--lora-routers" if product in ROUTER_PRODUCTS else "--lora-kv-b-proj"
+                raise AdapterError(f"adapts {module}, for which slots on a GPU have room with {option}")
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")
         rank = max(RANK_STEP, aligned(adapter.rank, RANK_STEP))

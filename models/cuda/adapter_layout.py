@@ -16,6 +16,7 @@ from baton.models.adapters.adapter import (
     AdaptedProduct,
     Adapter,
     expert_products,
+    latent_products,
     layer_products,
     router_products,
 )
@@ -42,7 +43,8 @@ class BankLayout:
     """Where a model's products have their matrices in a slot."""
 
     sites: tuple[Mapping[str, BankSite], ...]
-    """By layer and by the names of PRODUCTS, and of ROUTER_PRODUCTS where slots have room for them."""
+    """By layer and by the names of PRODUCTS, and of LATENT_PRODUCTS and ROUTER_PRODUCTS where slots have room for
+    them."""
     vocabulary: VocabularySites | None
     """None: slots have no room for them."""
     experts: tuple[Mapping[str, BankSite], ...]
@@ -66,15 +68,18 @@ class BankLayout:
         rank: Rank = WHOLE,
         *,
         vocabulary: bool = False,
+        latents: bool = False,
         routers: bool = False,
         experts: bool = False,
     ) -> BankLayout:
-        """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head. routers: of
-        routers and gates of shared experts. experts: of routed experts. SettingsError for products that the kernels do
-        not take."""
+        """rank: whose part of the products. vocabulary: with room for pairs of the embedding and the head. latents: of
+        what makes keys and values of latents. routers: of routers and gates of shared experts. experts: of routed
+        experts. SettingsError for products that the kernels do not take."""
         layers, end, count, outputs = [], 0, 0, 0
         for shape in describe(config, rank):
             sites, products = {}, layer_products(shape, config.hidden_size)
+            if latents:
+                products |= latent_products(shape)
             if routers:
                 products |= router_products(shape, config.hidden_size)
             for name, product in products.items():

@@ -14,6 +14,7 @@ import torch
 from baton.kernels.triton.adapter_rows import AdapterArrays, AdapterRows, group_rows, laid_out, most_items
 from baton.kernels.triton.embedding_pairs import embed_pairs
 from baton.kernels.triton.expert_pairs import ExpertPairs
+from baton.kernels.triton.latent_pairs import LatentPairs
 from baton.kernels.triton.low_rank import (
     AHEAD_ROWS,
     FEW_ROWS,
@@ -28,6 +29,7 @@ from baton.kernels.triton.low_rank import (
 from baton.kernels.triton.row_scales import add_in_place
 from baton.kernels.triton.step_inputs import set_entries
 from baton.kernels.triton.whole_weights import embed_own, head_own, norm_own
+from baton.models.adapters.adapter import LATENT_PRODUCTS
 from baton.models.batch import Row
 from baton.models.cuda.adapter_bank import BankSlots
 from baton.models.cuda.adapter_layout import BankLayout
@@ -61,7 +63,9 @@ class AdapterSteps:
         self._kept = AdapterRows.make(row_tokens, count, device)
         self._span = torch.zeros(row_tokens, dtype=torch.int32, device=device)
         self._begins = torch.zeros(row_tokens, dtype=torch.int32, device=device)
-        of_layers = [site for of_layer in layout.sites for site in of_layer.values()]
+        of_layers = [
+            site for of_layer in layout.sites for name, site in of_layer.items() if name not in LATENT_PRODUCTS
+        ]
         multiplied = of_layers if layout.vocabulary is None else [*of_layers, layout.vocabulary.head]
         sites = {(site.inputs, slots.bank.rank_width(site)) for site in multiplied}
         sizes = [
@@ -121,6 +125,12 @@ class AdapterSteps:
         hidden = self._hidden[: splits * num_rows * width].view(splits, num_rows, width)
         ahead = is_ahead(site.inputs, num_rows, deterministic=self._deterministic)
         return shrink(x, self._slots.bank, site, rows, hidden, self._apart, ahead=ahead, beside=beside, pdl=pdl)
+
+    def latent_pairs(self, rows: AdapterRows, first: int = 0) -> LatentPairs | None:
+        """What adapters change of what makes keys and values of latents, from row `first` on; None: slots have no room
+        for it."""
+        sites = [of_layer["kv_up"] for of_layer in self._layout.sites if "kv_up" in of_layer]
+        return LatentPairs(self._slots.bank, sites, rows.adapters, first) if sites else None
 
     @property
     def expert_width(self) -> int:

@@ -13,6 +13,7 @@ from baton.models.batch import Row
 from baton.models.cuda.adapter_steps import AdapterSteps, arrays_of, rows_of
 from baton.models.cuda.attention import Attend, ChunkAttention
 from baton.models.cuda.chunks import ChunkArrays, lay_out
+from baton.models.cuda.latent import LatentChunks
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import ALIGNED, Queue, Upload
 from baton.models.cuda.slots import Slots
@@ -92,5 +93,12 @@ class ChunkUpload:
         return SentChunks._make([*of_chunks, sent_targets, rows_of(adapted) if adapted else None])
 
     def attend(self, sent: SentChunks) -> Attend:
-        tables = sent.tables.view(len(sent.lengths), -1)
-        return self._attention.over(tables, sent.query_starts, sent.lengths, sent.work.view(-1, 3))
+        arrays = sent.tables.view(len(sent.lengths), -1), sent.query_starts, sent.lengths, sent.work.view(-1, 3)
+        pairs = None
+        if self._adapters is not None and sent.adapters is not None:
+            before = len(sent.adapters.adapters) - len(sent.tokens)
+            pairs = self._adapters.latent_pairs(sent.adapters, before)
+        if pairs is None:
+            return self._attention.over(*arrays)
+        assert isinstance(self._attention, LatentChunks), "made of latents"
+        return self._attention.over(*arrays, pairs)

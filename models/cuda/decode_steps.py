@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from baton.kernels.triton.adapter_rows import AdapterRows
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.batch import Row
 from baton.models.cuda.adapter_steps import AdapterSteps
@@ -36,7 +37,8 @@ class RowsBeside(NamedTuple):
     """Rows that decode in one pass with parts of prompts, padded as in their graph."""
 
     inputs: StepInputs
-    attend: Attend
+    attend: Callable[[AdapterRows | None], Attend]
+    """Of these rows, with the adapters of the pass."""
     gather: Work
     """Launches what fills `inputs`."""
 
@@ -104,7 +106,7 @@ class DecodeSteps:
             self._rows.write_tables(sent)
             self._rows.gather(inputs, plan, self._scratch.work)
 
-        attend = self._decoder.attend_rows(inputs, plan, self._scratch, self._pdl(padded))
+        attend = partial(self._decoder.attend_rows, inputs, plan, self._scratch, self._pdl(padded))
         return RowsBeside(inputs, attend, gather)
 
     def launch(

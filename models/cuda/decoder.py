@@ -126,16 +126,24 @@ class DeviceDecoder:
         adapters: AdapterRows | None = None,
     ) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row; with the rows' adapters."""
-        attend = self.attend_rows(inputs, plan, scratch, pdl)
+        attend = self.attend_rows(inputs, plan, scratch, pdl, adapters)
         step = Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl, adapters=adapters)
         normed = self._layers(step)
         assert normed is not None, "all rows draw"
         return self._logits(normed, pdl, adapters)
 
-    def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
-        """Attention of one new token a row."""
+    def attend_rows(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> Attend:
+        """As StepDecoder says."""
         if self._latent is not None:
-            return self._latent.attend_rows(self._bound(), inputs, plan, scratch, pdl)
+            pairs = None if adapters is None else self._adapted().latent_pairs(adapters)
+            return self._latent.attend_rows(self._bound(), inputs, plan, scratch, pdl, pairs)
         shapes = grouped_shapes(layer.shape for layer in self._weights.layers)
         return attend_rows(shapes, self._weights.sinks, self._bound(), inputs, plan, scratch, pdl)
 

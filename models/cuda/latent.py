@@ -14,6 +14,7 @@ import torch
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.latent_decode import head_tiles, latent_decode_attention
+from baton.kernels.triton.latent_pairs import LatentPairs, absorb_pairs, raise_pairs
 from baton.kernels.triton.latent_prefill import BLOCK_M, Expanded, latent_prefill_attention
 from baton.kernels.triton.latent_products import absorb, raise_merged
 from baton.kernels.triton.latent_write import latent_write, rotate_queries
@@ -75,22 +76,41 @@ class LatentLayers:
             rotate_queries(made, positions, rope, query, interleaved=interleaved, pdl=pdl)
 
     def attend_rows(
-        self, pool: PagedPool, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool
+        self,
+        pool: PagedPool,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        pairs: LatentPairs | None,
     ) -> Attend:
-        """Attention of one new token a row."""
+        """Attention of one new token a row. pairs: what adapters change, of these rows and others behind them."""
 
         def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
             shape, weights = self._layers[layer]
             absorbed, scale = self._absorbed[: len(query)], shape.scores.scale
+
+            def change_absorbed(layer: int, kv_up: torch.Tensor) -> None:
+                if pairs is not None:
+                    absorb_pairs(query, kv_up, absorbed, pairs, layer, pdl=pdl)
+
+            def change_raised(layer: int, kv_up: torch.Tensor) -> None:
+                if pairs is not None:
+                    raise_pairs(scratch, plan, kv_up, out, pairs, layer, pdl=pdl)
+
             absorb_with = absorb(query, weights.kv_up, absorbed, pdl=pdl)
+            change_absorbed(layer, weights.kv_up)
             attend = latent_decode_attention(absorbed, pool, layer, inputs.tables, plan, scratch, scale=scale, pdl=pdl)
             raise_with = raise_merged(scratch, plan, weights.kv_up, out, pdl=pdl)
+            change_raised(layer, weights.kv_up)
 
             def of_layer(layer: int) -> None:
                 kv_up = self._layers[layer][1].kv_up
                 absorb_with(kv_up)
+                change_absorbed(layer, kv_up)
                 attend(layer)
                 raise_with(kv_up)
+                change_raised(layer, kv_up)
 
             return of_layer
 
@@ -135,12 +155,21 @@ class LatentChunks:
     ) -> None:
         self._layers, self._expanded, self._pool, self._num_sms = layers, expanded, pool, num_sms
 
-    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+    def over(
+        self,
+        tables: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        work: torch.Tensor,
+        pairs: LatentPairs | None = None,
+    ) -> Attend:
+        """As ChunkAttention. pairs: what adapters change of keys and values, of the chunks' tokens."""
+
         def launch(layer: int, query: torch.Tensor, out: torch.Tensor) -> OfLayer:
             shape, weights = self._layers[layer]
             of_layer = latent_prefill_attention(
                 query, self._pool, layer, tables, starts, lengths, work, weights.kv_up, self._expanded, self._num_sms,
-                out, scale=shape.scores.scale,
+                out, scale=shape.scores.scale, pairs=pairs,
             )  # fmt: skip
             return lambda layer: of_layer(layer, self._layers[layer][1].kv_up)
 

@@ -36,6 +36,8 @@ class StepLimits:
     """Adapters may have pairs of the embedding and the head."""
     adapter_wholes: bool = False
     """Adapters may bring an embedding, a head and norms in place of the model's."""
+    adapter_latents: bool = False
+    """Adapters may have pairs of what makes keys and values of latents."""
     adapter_routers: bool = False
     """Adapters may have pairs of routers and of gates of shared experts."""
     adapter_experts: bool = False

@@ -52,7 +52,7 @@ class MixedSteps:
         num_tokens = self._pieces.size_for(own_tokens) or own_tokens
         placed = behind(with_tokens(arrays, num_tokens - padded), decode, padded)
         sent = self._upload.send(placed, [*decode, *chunks], num_tokens, decoding=len(decode), padded=padded)
-        attend_chunks = self._upload.attend(sent)
+        attend_rows, attend_chunks = rows.attend(sent.adapters), self._upload.attend(sent)
         slots, new_positions, last = sent.drawn_slots, sent.drawn_positions, sent.drawn_tokens
         drawing = [*decode, *(row for row in chunks if row.draw is not None)]
         edited = self._draws.edits(drawing)
@@ -61,7 +61,7 @@ class MixedSteps:
         write = self._entries.of(chunks, padded, positions, kv_slots, last, self._draws.drawn)
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            rows.attend(layer, query[:padded], out[:padded])
+            attend_rows(layer, query[:padded], out[:padded])
             attend_chunks(layer, query[padded:], out[padded:])
 
         def forward() -> None:

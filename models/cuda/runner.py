@@ -160,6 +160,7 @@ class CudaRunner:
                 self.config,
                 rank,
                 vocabulary=limits.adapter_vocabulary,
+                latents=limits.adapter_latents,
                 routers=limits.adapter_routers,
                 experts=limits.adapter_experts,
             ),

@@ -44,8 +44,15 @@ class StepDecoder(Protocol):
         """Logits [rows, vocab] of one new token a row; with the rows' adapters, which only some models take."""
         ...
 
-    def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
-        """Attention of one new token a row."""
+    def attend_rows(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> Attend:
+        """Attention of one new token a row; with the adapters of these rows, and of others behind them."""
         ...
 
     def last_logits(self, num_rows: int) -> torch.Tensor:

@@ -101,7 +101,14 @@ class DeviceFallback:
         logits = self._forward(inputs.tokens, inputs.positions, inputs.kv_slots, attend, None)
         return self._keep(logits)
 
-    def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
+    def attend_rows(
+        self,
+        inputs: StepInputs,
+        plan: DecodePlan,
+        scratch: DecodeScratch,
+        pdl: bool,
+        adapters: AdapterRows | None = None,
+    ) -> Attend:
         return attend_rows(self._shapes, [None] * len(self._shapes), self._bound(), inputs, plan, scratch, pdl)
 
     def last_logits(self, num_rows: int) -> torch.Tensor:

@@ -15,7 +15,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.routing import Routing
 from baton.kernels.triton import linear, low_rank, norm
+from baton.kernels.triton.decode_plan import split_plan
 from baton.kernels.triton.experts_policy import row_tiles, rows_tiles
+from baton.kernels.triton.latent_decode import head_tiles
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B, ProductShape
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
@@ -25,12 +27,14 @@ from baton.models.weights import load_weights
 from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
+from baton.tests.unit.kernels import latent_checks
 from baton.tests.unit.kernels.expert_pair_checks import check_experts_added
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
     with_experts,
+    with_latents,
     with_magnitudes,
     with_routers,
     with_vocabulary,
@@ -167,6 +171,15 @@ def test_experts_that_add(num_tokens, tile_m):
         check_experts_added(GPU, dtype, num_tokens, routing, n, k, tiles, [16, 0, 32], 32, range(8, 32), pdl=True)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_adapters_change_of_keys_and_values_of_latents(scaled):
+    """Guards early launches beside attention, and tiles of the sizes of DeepSeek-V2-Lite."""
+    lengths, new, plan = [70, 1, 1500, 40], [70, 1, 200, 40], split_plan(4, head_tiles(16), 132)
+    latent_checks.check_latent_pairs(
+        GPU, BF16, latent_checks.LITE, lengths, new, 64, 1024, plan, [32, 0, 16], 32, scaled, pdl=True
+    )
+
+
 class Mixed:
     """A runner of the demo model, or of a folder's, with three adapters in four slots; the first and the third have
     pairs of the vocabulary, magnitudes, and whole copies, where slots have room for them."""
@@ -189,6 +202,8 @@ class Mixed:
             self.adapters = [with_wholes(first, self.config), second, with_wholes(third, self.config)]
         if limits.get("adapter_routers"):
             self.adapters = [with_routers(adapter, self.config) for adapter in self.adapters]
+        if limits.get("adapter_latents"):
+            self.adapters = [with_latents(adapter, self.config) for adapter in self.adapters]
         if limits.get("adapter_experts"):
             self.adapters = [with_experts(adapter, self.config) for adapter in self.adapters]
         if limits.get("adapter_magnitudes"):
@@ -257,6 +272,8 @@ def test_tokens_of_mixed_batches_equal_those_of_merged_weights(chunk, limits):
         ("deepseek_v3", {}),
         ("qwen2_moe", {"adapter_routers": True, "adapter_magnitudes": True}),
         ("deepseek_v3", {"adapter_routers": True}),
+        ("deepseek_v3", {"adapter_latents": True}),
+        ("deepseek_v3", {"adapter_latents": True, "adapter_magnitudes": True}),
         ("qwen2_moe", {"adapter_routers": True, "adapter_experts": True}),
     ],
 )

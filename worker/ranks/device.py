@@ -119,7 +119,12 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
         return None
     wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
     layout = BankLayout.of(
-        config, rank, vocabulary=part.lora_vocabulary, routers=part.lora_routers, experts=part.lora_experts
+        config,
+        rank,
+        vocabulary=part.lora_vocabulary,
+        latents=part.lora_kv_b_proj,
+        routers=part.lora_routers,
+        experts=part.lora_experts,
     )
     return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, part.lora_dora)
 

@@ -83,6 +83,7 @@ def limits_of(share: DeviceShare, part: ModelPart) -> StepLimits:
         max_rank=part.max_lora_rank,
         adapter_vocabulary=part.lora_vocabulary,
         adapter_wholes=part.lora_modules_to_save,
+        adapter_latents=part.lora_kv_b_proj,
         adapter_routers=part.lora_routers,
         adapter_experts=part.lora_experts,
         adapter_magnitudes=part.lora_dora,

@@ -22,6 +22,7 @@ class ModelPart(msgspec.Struct, frozen=True, kw_only=True):
     max_lora_rank: int = 0
     lora_vocabulary: bool = False
     lora_modules_to_save: bool = False
+    lora_kv_b_proj: bool = False
     lora_routers: bool = False
     lora_experts: bool = False
     lora_dora: bool = False

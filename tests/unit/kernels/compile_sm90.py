@@ -450,6 +450,26 @@ def latent(heads: int, block_tokens: int, query_rank: int = 0) -> None:
     compiled[:] = {kernel.hash: kernel for kernel in compiled}.values()  # a slice is as another
 
 
+def adapted_latents(max_rank: int, scaled: bool) -> None:
+    """What adapters change of keys and values of DeepSeek-V2-Lite."""
+    from baton.kernels.triton import latent_pairs
+    from baton.kernels.triton.decode_attention import DecodeScratch
+    from baton.kernels.triton.decode_plan import DecodePlan
+    from baton.kernels.triton.low_rank import BankSite
+    from baton.kernels.triton.pool import PagedPool
+
+    rows, heads, plan = 8, 16, DecodePlan(40, 3, 4)
+    scales = empty(32, 1 << 17, dtype=torch.float32) if scaled else None
+    site, weight = BankSite(5, 16, 32, 512, (heads * 256,), 4096), empty(heads, 256, 512)
+    ids = empty(64, 64, dtype=torch.int32)
+    pairs = latent_pairs.LatentPairs(replace(adapter_bank(max_rank), scales=scales), [site] * 27, ids[0])
+    scratch = DecodeScratch.make(rows, plan.num_chunks, heads, 1, 512, "meta")
+    latent_pairs.absorb_pairs(empty(rows, heads, 192), weight, empty(rows, heads, 576), pairs, 3, pdl=True)
+    latent_pairs.raise_pairs(scratch, plan, weight, empty(rows, heads, 128), pairs, 3, pdl=True)
+    paged, expanded = PagedPool.of(empty(64, 1, 27, 1, 64, 576), planes=1), empty(8192, heads * 256)
+    latent_pairs.expand_pairs(paged, 3, ids[:4], ids[0, :5], ids[0, :4], expanded, pairs, 0, 264, 64)
+
+
 def gated_product() -> None:
     from baton.kernels.triton import product_gluon
 
@@ -783,6 +803,9 @@ CASES: dict[str, Callable[[], None]] = {
     "latent_16": lambda: latent(16, 64),
     "latent_16_page16": lambda: latent(16, 16),
     "latent_128": lambda: latent(128, 64, 1536),
+    "adapted_latents_64": lambda: adapted_latents(64, False),
+    "adapted_latents_16_scaled": lambda: adapted_latents(16, True),
+    "adapted_latents_256": lambda: adapted_latents(256, False),
     "gated_product": gated_product,
     "gluon_product_8bit": product_8bit,
     "route": lambda: routing(4, 256, True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,10 +10,12 @@ from baton.kernels import reference
 from baton.kernels.triton import decode_work, latent_decode, latent_prefill, latent_products, latent_write
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
+from baton.kernels.triton.latent_pairs import LatentPairs, absorb_pairs, raise_pairs
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prefill_attention import work_list
 from baton.kernels.triton.rope_write import RopeTables
-from baton.tests.unit.kernels.kernel_checks import EPS, assert_close, poison, randn
+from baton.tests.unit.kernels.adapter_checks import Adapters
+from baton.tests.unit.kernels.kernel_checks import EPS, assert_close, error, poison, randn
 
 LAYERS, LAYER, SCALE = 2, 1, 0.11
 
@@ -112,7 +114,10 @@ def check_latent_write(
     assert_close(out, exact, exact.to(dtype))
 
 
-def decode(step: Step, shape: Latent, query: torch.Tensor, plan: DecodePlan, pdl: bool = False) -> torch.Tensor:
+def decode(
+    step: Step, shape: Latent, query: torch.Tensor, plan: DecodePlan, pdl: bool = False,
+    pairs: LatentPairs | None = None,
+) -> torch.Tensor:  # fmt: skip
     """[B, H, V] of query [B, H, P + R], by the three kernels; a row of padding stays NaN."""
     device, dtype, rows = str(query.device), query.dtype, len(query)
     scratch = DecodeScratch.make(rows, plan.num_chunks, shape.heads, 1, shape.latent, device)
@@ -120,11 +125,15 @@ def decode(step: Step, shape: Latent, query: torch.Tensor, plan: DecodePlan, pdl
     decode_work.share_out(step.lengths, plan, scratch.work)
     absorbed = poison((rows, shape.heads, shape.row), dtype, device)
     latent_products.absorb(query, step.kv_up, absorbed, pdl=pdl)
+    if pairs is not None:
+        absorb_pairs(query, step.kv_up, absorbed, pairs, LAYER, pdl=pdl)
     latent_decode.latent_decode_attention(
         absorbed, step.pool, LAYER, step.tables, plan, scratch, scale=SCALE, pdl=pdl
     )  # fmt: skip
     out = poison((rows, shape.heads, shape.value), dtype, device)
     latent_products.raise_merged(scratch, plan, step.kv_up, out, pdl=pdl)
+    if pairs is not None:
+        raise_pairs(scratch, plan, step.kv_up, out, pairs, LAYER, pdl=pdl)
     return out
 
 
@@ -145,7 +154,10 @@ def check_latent_decode(
         assert_close(out[row : row + 1], exact, plain)
 
 
-def prefill(step: Step, shape: Latent, query: torch.Tensor, new: list[int], slice_tokens: int) -> torch.Tensor:
+def prefill(
+    step: Step, shape: Latent, query: torch.Tensor, new: list[int], slice_tokens: int,
+    pairs: LatentPairs | None = None,
+) -> torch.Tensor:  # fmt: skip
     device, lengths = str(query.device), step.lengths.tolist()
     sizes = (shape.heads, shape.plain, shape.value, shape.rotated)
     expanded = latent_prefill.Expanded.make(slice_tokens, len(query), *sizes, query.dtype, device)
@@ -153,9 +165,58 @@ def prefill(step: Step, shape: Latent, query: torch.Tensor, new: list[int], slic
     work = work_list(new, lengths, shape.heads, latent_prefill.BLOCK_M).to(device)
     out = poison((len(query), shape.heads, shape.value), query.dtype, device)
     latent_prefill.latent_prefill_attention(
-        query, step.pool, LAYER, step.tables, starts, step.lengths, work, step.kv_up, expanded, 4, out, scale=SCALE
-    )
+        query, step.pool, LAYER, step.tables, starts, step.lengths, work, step.kv_up, expanded, 4, out, scale=SCALE,
+        pairs=pairs,
+    )  # fmt: skip
     return out
+
+
+def check_latent_pairs(
+    device: str, dtype: torch.dtype, shape: Latent, lengths: list[int], new: list[int], block_tokens: int,
+    slice_tokens: int, plan: DecodePlan, ranks: list[int], max_rank: int, scaled: bool, pdl: bool = False,
+) -> None:  # fmt: skip
+    """Rows that decode, and prompts, with what adapters change of kv_up: against kv_up with the change in it. Sequences
+    without an adapter keep their bits."""
+    step = Step.make(device, dtype, shape, lengths, block_tokens)
+    outputs = shape.heads * (shape.plain + shape.value)
+    adapters = Adapters.make(ranks, max_rank, shape.latent, (outputs,), dtype, device, scaled)
+    slots = torch.arange(len(lengths), dtype=torch.int32, device=device) % (len(ranks) + 1) - 1
+    sites, scales = [adapters.site] * LAYERS, adapters.bank.scales_of(adapters.site)
+
+    def changed(slot: int) -> torch.Tensor:
+        weight = step.kv_up.double().flatten(0, 1)
+        if ranks[slot] and scales is not None:
+            weight = weight * scales[slot].double()[:, None]
+        return (weight + adapters.b[slot][0] @ adapters.a[slot][0]).view_as(step.kv_up)
+
+    def check(found: torch.Tensor, without: torch.Tensor, query: torch.Tensor, row: int, start: int) -> None:
+        slot = int(slots[row])
+        if slot < 0:
+            assert torch.equal(found, without)
+            return
+        of_slot = changed(slot)
+        exact, plain = (
+            replace(step, kv_up=of_slot.to(each.dtype)).expected(row, each, start) for each in (query.float(), query)
+        )
+        assert error(found, exact) <= 4 * max(error(plain, exact), 1e-5)
+
+    query = randn((len(lengths), shape.heads, shape.plain + shape.rotated), dtype, device) / 4
+    pairs = LatentPairs(adapters.bank, sites, slots)
+    out, without = decode(step, shape, query, plan, pdl, pairs), decode(step, shape, query, plan, pdl)
+    for row, length in enumerate(lengths):
+        own = slice(row, row + 1)
+        check(out[own], without[own], query[own], row, length - 1)
+
+    query = randn((sum(new), shape.heads, shape.plain + shape.rotated), dtype, device) / 4
+    before = torch.full((5,), len(ranks) - 1, dtype=torch.int32, device=device)
+    of_tokens = torch.cat((before, slots.repeat_interleave(torch.tensor(new, device=device))))
+    pairs = LatentPairs(adapters.bank, sites, of_tokens, len(before))
+    out = prefill(step, shape, query, new, slice_tokens, pairs)
+    without, first = prefill(step, shape, query, new, slice_tokens), 0
+    for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        part = slice(first, first + count)
+        check(out[part], without[part], query[part], row, length - count)
+        first += count
 
 
 def check_latent_prefill(

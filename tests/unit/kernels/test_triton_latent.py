@@ -64,3 +64,14 @@ def test_a_prompt_does_not_depend_on_chunks_and_slices(device):
     whole = checks.prefill(step, shape, query, [length], 512)
     last = checks.prefill(step, shape, query[-20:].contiguous(), [20], 64)
     assert torch.equal(whole[-20:], last)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan", "slice_tokens", "scaled"),
+    [(FP32, SHARED, 128, True), (BF16, PIECES, 512, False)],
+)
+def test_what_adapters_change_of_keys_and_values(device, dtype, plan, slice_tokens, scaled):
+    """Guards against another sequence's or head's pair, key's for values, lower ranks and none, parts merged otherwise,
+    a slice that begins within a sequence, and tokens in front of those of prompts."""
+    lengths, new = [70, 1, 150, 40], [70, 1, 20, 40]
+    checks.check_latent_pairs(device, dtype, checks.TINY, lengths, new, 64, slice_tokens, plan, [32, 0, 16], 32, scaled)

@@ -9,6 +9,7 @@ import torch
 
 from baton.kernels import DenseLinear, ExpertLinears, Linear
 from baton.models.adapters.adapter import (
+    LATENT_PRODUCTS,
     PRODUCTS,
     ROUTER_PRODUCTS,
     Adapter,
@@ -17,6 +18,7 @@ from baton.models.adapters.adapter import (
     Parts,
     adapted_products,
     expert_products,
+    latent_products,
     router_products,
 )
 from baton.models.config import ModelConfig
@@ -86,6 +88,16 @@ def with_routers(adapter: Adapter, config: ModelConfig) -> Adapter:
     return replace(adapter, layers=tuple(layers))
 
 
+def with_latents(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With pairs of what makes keys and values of latents."""
+    generator, layers = torch.Generator().manual_seed(14), []
+    for layer, shape in zip(adapter.layers, describe(config), strict=True):
+        of = latent_products(shape)["kv_up"]
+        a, b = (torch.randn(size, generator=generator) for size in ((6, of.num_inputs), (of.num_outputs, 6)))
+        layers.append(replace(layer, kv_up=(LowRank(a / of.num_inputs**0.5, b * (SIZE / 6**0.5)),)))
+    return replace(adapter, layers=tuple(layers))
+
+
 def with_experts(adapter: Adapter, config: ModelConfig) -> Adapter:
     """With pairs of routed experts; of one product's first part in layers with a number above 0 none."""
     generator, layers = torch.Generator().manual_seed(13), []
@@ -112,9 +124,9 @@ def with_magnitudes(adapter: Adapter, config: ModelConfig) -> Adapter:
     def scaled(part: LowRank | None) -> LowRank | None:
         return part and part._replace(row_scale=0.5 + torch.rand(len(part.b), generator=generator))
 
+    names = PRODUCTS + LATENT_PRODUCTS + ROUTER_PRODUCTS
     layers = [
-        replace(layer, **{name: tuple(map(scaled, layer.product(name))) for name in PRODUCTS + ROUTER_PRODUCTS})
-        for layer in adapter.layers
+        replace(layer, **{name: tuple(map(scaled, layer.product(name))) for name in names}) for layer in adapter.layers
     ]
     return replace(adapter, layers=tuple(layers), lm_head=tuple(map(scaled, adapter.lm_head)))
 
@@ -126,6 +138,9 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
         attention, mlp = layer.attention, layer.mlp
         if isinstance(attention, LatentWeights) and attention.query is not None:
             attention = replace(attention, query=_with(attention.query, changes.query))
+        if isinstance(attention, LatentWeights) and changes.kv_up:
+            flat = attention.kv_up.flatten(0, 1)
+            attention = replace(attention, kv_up=_merged(flat, changes.kv_up).view_as(attention.kv_up))
         attention = replace(attention, qkv=_with(attention.qkv, changes.qkv), o=_with(attention.o, changes.o))
         if isinstance(mlp, DenseMlpWeights):
             mlp = _merged_mlp(mlp, changes)

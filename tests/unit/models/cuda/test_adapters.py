@@ -32,6 +32,7 @@ from baton.tests.unit.models.cuda.merged import (
     merged_runner,
     random_adapter,
     with_experts,
+    with_latents,
     with_magnitudes,
     with_routers,
     with_vocabulary,
@@ -49,6 +50,7 @@ Edit = Callable[[Adapter, ModelConfig], Adapter]
 
 
 MAGNITUDES = {"adapter_magnitudes": True}
+LATENTS = {"adapter_latents": True}
 ROUTERS = {"adapter_routers": True}
 EXPERTS = {"adapter_experts": True}
 SCALED_ROUTERS = ROUTERS | MAGNITUDES
@@ -60,6 +62,10 @@ def unchanged(adapter: Adapter, config: ModelConfig) -> Adapter:
 
 def with_scaled_vocabulary(adapter: Adapter, config: ModelConfig) -> Adapter:
     return with_magnitudes(with_vocabulary(adapter, config), config)
+
+
+def with_scaled_latents(adapter: Adapter, config: ModelConfig) -> Adapter:
+    return with_magnitudes(with_latents(adapter, config), config)
 
 
 def with_scaled_routers(adapter: Adapter, config: ModelConfig) -> Adapter:
@@ -176,7 +182,8 @@ def test_tokens_of_sequences_alone_equal_those_of_merged_weights(make_model, fam
         ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48}, with_experts, EXPERTS),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, "intermediate_size": 32}, with_experts, EXPERTS),
         ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}, with_routers, ROUTERS),
-        ("deepseek_v2", LATENT | {"q_lora_rank": None}, with_magnitudes, MAGNITUDES),
+        ("deepseek_v2", LATENT | {"q_lora_rank": None}, with_scaled_latents, LATENTS | MAGNITUDES),
+        ("deepseek_v3", LATENT | {"q_lora_rank": 32, "first_k_dense_replace": 0}, with_latents, LATENTS),
     ],
 )
 def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_weights(
@@ -185,7 +192,7 @@ def test_tokens_beside_experts_and_of_latent_attention_equal_those_of_merged_wei
     """Guards products that are launched beside those of dense layers: of shared experts, of rows that are left behind
     the last layer's attention too, of routers and gates of which the logits are parts side by side, a bias of a router
     that is not scaled, of routed experts, before either gate, and of latent attention with queries' latents and
-    without."""
+    without, whose keys and values are made in parts."""
     sizes = {"v_head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
     config |= sizes | {"num_hidden_layers": 1, "vocab_size": 144}
     served = Served(make_model(family, **config).folder, fastest, edit, mixed_tokens=1, **limits)
@@ -286,12 +293,7 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     for family, product, module, reason in (
         ("qwen2_moe", "router", "mlp.gate", "for which .* --lora-routers"),
         ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate", "for which .* --lora-routers"),
-        (
-            "deepseek_v3",
-            "kv_up",
-            "self_attn.kv_b_proj",
-            "which only a CPU .* leave 'kv_b_proj' out of target_modules and 'kv_b_proj.weight' out of target_param",
-        ),
+        ("deepseek_v3", "kv_up", "self_attn.kv_b_proj", "for which .* --lora-kv-b-proj"),
     ):
         few = LATENT | {"num_hidden_layers": 1, "num_experts": 4, "head_dim": 16, "q_lora_rank": 32, "v_head_dim": 16}
         of_cpus = BankLayout.of(ModelConfig.from_folder(make_model(family, **few).folder))

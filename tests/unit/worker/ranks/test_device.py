@@ -48,6 +48,7 @@ def start() -> RankStart:
         lora_vocabulary=True,
         lora_modules_to_save=True,
         lora_dora=True,
+        lora_kv_b_proj=True,
         lora_routers=True,
         lora_experts=True,
     )
