@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda import chunk_forward
+from baton.models.cuda import chunk_forward, prefill_pieces
 from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import Policy, fastest
 from baton.models.cuda.queue import Work
+from baton.models.cuda.residuals import EnteringResiduals
 from baton.models.cuda.runner import CudaRunner
 from baton.models.cuda.stage import AdvancingStage
 from baton.models.kv_format import KvFormat
@@ -30,13 +32,25 @@ from baton.tests.unit.models.cuda.ahead import GRAMMAR, mask_after
 from baton.tests.unit.models.cuda.test_ranks import split
 
 BLOCK, NUM_BLOCKS, LONGEST = 16, 12, 64
-SMALL = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+}
 SPECS = [
     SamplingSpec(max_tokens=9, temperature=0.0),
     SamplingSpec(max_tokens=9, temperature=0.9, seed=6, top_p=0.9, repetition_penalty=1.5),
     SamplingSpec(max_tokens=9, temperature=0.8, seed=5, grammar=GRAMMAR),
 ]
-LENGTH, CUTS = 13, (9, 11, 4)
+LENGTH, CUTS = 13, (7, 8, 3)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter takes its time for each token, padding included."""
+    monkeypatch.setattr(prefill_pieces, "SMALLEST", (8, 16))
 
 
 class LazyQueue(LateQueue):
@@ -110,8 +124,8 @@ def serve(stages: Stages) -> list:
 @pytest.mark.parametrize(
     ("family", "fields", "count"),
     [
-        ("llama", {"num_hidden_layers": 3, "num_key_value_heads": 1}, 3),
-        ("gemma3", {"sliding_window": 7, "num_hidden_layers": 3, "sliding_window_pattern": 2}, 2),
+        ("llama", {"num_hidden_layers": 3}, 3),
+        ("gemma3", {"sliding_window": 5, "num_hidden_layers": 3, "sliding_window_pattern": 2}, 2),
         (
             "qwen2_moe",
             {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
@@ -134,14 +148,25 @@ def test_stages_compute_what_one_gpu_computes(make_model, family, fields, count)
     assert torch.equal(torch.cat(several.pools, 2), one.pools[0])
 
 
-@pytest.mark.parametrize(("max_tokens", "max_rows"), [(24, 3), (32, 4)], ids=["op by op", "captured"])
+@pytest.mark.parametrize(("max_tokens", "max_rows"), [(15, 3), (16, 4)], ids=["op by op", "captured"])
 def test_steps_that_are_not_in_pieces_enter_and_leave_stages(make_model, monkeypatch, max_tokens, max_rows):
     """Guards against a stage that does not end, or is not entered, where its steps run op by op or are one launch."""
-    monkeypatch.setattr(chunk_forward, "CHUNK_SIZES", ((32, 1),))
+    monkeypatch.setattr(chunk_forward, "CHUNK_SIZES", ((16, 1),))
     folder = make_model("llama", **SMALL).folder
     one, several = (Stages(folder, stages, max_tokens=max_tokens, max_rows=max_rows) for stages in (1, 2))
     assert serve(several) == serve(one)
     assert torch.equal(torch.cat(several.pools, 2), one.pools[0])
+
+
+def test_padding_enters_a_stage_as_zeros():
+    """Guards against rows to which the layers add from step to step, and tokens of a step that is launched behind."""
+    queue, residual = LateQueue(), torch.ones(8, 4)
+    entering = EnteringResiduals(queue, StepLimits(1, 8), residual, Stage(1, 2))
+    for value in (2.0, 3.0):
+        enter = entering.send(torch.full((3, 4), value), 3)
+        queue.enqueue(partial(enter, 6))
+    queue.mark().wait()
+    assert residual[:, 0].tolist() == [3.0] * 3 + [0.0] * 3 + [1.0] * 2
 
 
 def test_a_stage_refuses_what_does_not_enter_it(make_model):
@@ -151,3 +176,11 @@ def test_a_stage_refuses_what_does_not_enter_it(make_model):
     for entering in (None, torch.zeros(3, 32), torch.zeros(2, 16)):
         with pytest.raises(InvariantBroken, match="2 tokens enter a stage with"):
             stages.last.launch([row], entering)
+
+
+def test_a_stage_has_the_scales_of_its_layers():
+    """Guards against static scales of another stage's layers, or of another rank's heads."""
+    scales = torch.arange(24.0).view(4, 2, 3)
+    part = KvFormat.fp8(scales).part(range(1, 3), range(1, 3))
+    assert part.quantised and torch.equal(part.static, scales[1:3, :, 1:])
+    assert KvFormat.plain(torch.float32).part(range(1, 3), range(1, 3)).static is None

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.batch import Draw, PromptTargets, Row
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda import prefill_pieces
 from baton.models.cuda.runner import CudaRunner
 from baton.models.cuda.stage import AdvancingStage
 from baton.models.weights import load_weights
@@ -79,6 +80,7 @@ class FakeStages:
         patch.setattr(device_pool, "DeviceMemory", partial(FakeMemory, self.handles))
         patch.setattr(device, "mapped", self._mapped)
         patch.setattr(device, "CudaQueue", lambda gpu: SharedQueue())
+        patch.setattr(prefill_pieces, "SMALLEST", (8, 16))  # padding takes time too
         for runner in (AdvancingStage, CudaRunner):
             patch.setattr(runner, "warm_up", lambda runner: None)
         patch.setattr(build_stages, "StageGroup", self._group)
