@@ -162,3 +162,4 @@ def test_a_worker_of_stages_hands_over(gpus):
         with ThreadPoolExecutor(len(PROMPTS)) as threads:
             assert list(threads.map(ask, PROMPTS)) == expected
         assert metrics(cluster).total("baton:worker_transfers_received_total") >= len(PROMPTS)
+        assert not cluster.stop(), "each node ends in order, stages too"
