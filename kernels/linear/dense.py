@@ -46,9 +46,10 @@ class DenseLinear:
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
         num_rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, padded_rows(num_rows) - num_rows))
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(padded, self._packed, self.bias, "none", [], "")
-        return y[:num_rows]
+        padding = padded_rows(num_rows) - num_rows
+        padded = F.pad(x, (0, 0, 0, padding)) if padding else x
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(padded, self._packed, self.bias, "none", [], "")
+        return y[:num_rows] if padding else y
 
     def pack(self, keep_weight: bool = False) -> None:
         """Prepares the weight; unless it is kept because others read it, `weight` is empty afterwards.
@@ -61,7 +62,7 @@ class DenseLinear:
             with torch.no_grad():
                 packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PLANNED_ROWS)
                 trial = self.weight.new_zeros(1, self.num_inputs)
-                torch.ops.mkldnn._linear_pointwise(trial, packed, self.bias, "none", [], "")
+                torch.ops.mkldnn._linear_pointwise.default(trial, packed, self.bias, "none", [], "")
         except (AttributeError, RuntimeError):  # no such operator in this build, or not for this dtype
             return
         self._packed = packed
