@@ -7,16 +7,21 @@ What a stage does on its GPU is in worker.stages.device. Needs CUDA and triton.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+import msgspec
 import torch
 
 from baton.kvtransfer.blocks.device_stage_pools import DeviceStagePools, stage_layouts
+from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_plane_by_layer
 from baton.models.cuda.memory import GIB
+from baton.models.cuda.residuals import ResidualSlots
 from baton.models.cuda.stage import AdvancingStage
 from baton.models.fallback.config import model_config
 from baton.models.partition import check_stages
@@ -28,8 +33,9 @@ from baton.node.telemetry import log_event
 from baton.worker.build_cpu import LoadedModel, checked_planes, model_part, pool_blocks, progress_log
 from baton.worker.gpu_shares import gpus_of, is_sized, share_of_gpu
 from baton.worker.kv_layout import name_of
-from baton.worker.ranks.device_loading import DTYPES, padding_of
-from baton.worker.ranks.messages import DeviceShare, DeviceStageLoaded, DeviceStagePool, RankReady
+from baton.worker.ranks.device_loading import DTYPES, limits_of, padding_of
+from baton.worker.ranks.members import shared_bytes
+from baton.worker.ranks.messages import DeviceShare, DeviceStageLoaded, DeviceStagePool, ModelPart, RankReady
 from baton.worker.settings import WorkerSettings, WorkerSizes
 from baton.worker.stages.device import DeviceStage
 from baton.worker.stages.group import StageGroup
@@ -49,13 +55,26 @@ def load_stages_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role
     gpus = gpus_of(settings, f"--pp {count}")
     part = model_part(settings, folder, config.vocab_size)
 
-    def share(stage: int) -> DeviceShare:
-        return share_of_gpu(settings, sizes, gpus[stage], count - 1 + settings.run_ahead)
+    shares = [share_of_gpu(settings, sizes, gpu, count - 1 + settings.run_ahead) for gpu in gpus]
+    slots = ResidualSlots.of(limits_of(shares[0], part), config.hidden_size, DTYPES[part.dtype])
+    with ExitStack() as stack:  # all have mapped it behind this
+        between = [stack.enter_context(closing(HostMemory(1, slots.size_bytes))) for _ in range(1, count)]
+        memories = [None, *(shared_bytes(memory.shared) for memory in between), None]
+        shares = [
+            msgspec.structs.replace(share, entering=entering, leaving=leaving)
+            for share, entering, leaving in zip(shares, memories, memories[1:], strict=False)
+        ]
+        return _load(settings, sizes, role, part, shares)
 
-    how = settings.worker_id or role, settings.log_level, torch.get_num_threads()
-    stages = StageGroup(part, 1, *how, share)
+
+def _load(
+    settings: WorkerSettings, sizes: WorkerSizes, role: Role, part: ModelPart, shares: Sequence[DeviceShare]
+) -> LoadedModel:
+    """shares: of the stages."""
+    how, gpus = (settings.worker_id or role, settings.log_level, torch.get_num_threads()), [each.gpu for each in shares]
+    stages = StageGroup(part, 1, *how, shares.__getitem__)
     try:
-        first = DeviceStage.load(part, share(0), progress_log("loading_weights", "tensors"))
+        first = DeviceStage.load(part, shares[0], os.getpid(), progress_log("loading_weights", "tensors"))
         return _over_pools(settings, sizes, stages, first, gpus)
     except torch.OutOfMemoryError as error:
         stages.close()

@@ -5,81 +5,102 @@ They enter and leave on the stream of the steps, so that nothing waits for the G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from baton.models.cuda.limits import StepLimits
-from baton.models.cuda.queue import Queue, Upload, copy_async
+from baton.models.cuda.queue import Queue, QueueMark, copy_async
 from baton.models.partition import Stage
 from baton.node.errors import InvariantBroken
 
 Enter = Callable[[int], None]
 """Launched first in a step of so many tokens, padding included."""
-Left = Callable[[], torch.Tensor]
-"""Waits for what a stage has made of a step, [N, hidden] in host memory; valid while the step is in flight."""
-WORD_BYTES = 4
 
 
 def enter_nothing(num_tokens: int) -> None:
     """Of a stage that begins with an embedding."""
 
 
+@dataclass(frozen=True, slots=True)
+class ResidualSlots:
+    """Host memory for what steps in flight leave a stage with. Slots take turns, a step each: one is written again when
+    steps are launched before which its own was read."""
+
+    count: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, limits: StepLimits, hidden_size: int, dtype: torch.dtype) -> ResidualSlots:
+        return cls(limits.run_ahead + 2, limits.step_tokens, hidden_size, dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.count * self.rows * self.width * self.dtype.itemsize
+
+    def over(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[rows, width] each, in uint8 [size_bytes] or more."""
+        return memory[: self.size_bytes].view(self.dtype).view(self.count, self.rows, self.width).unbind()
+
+
 class EnteringResiduals:
     """Into `residual`, [rows, hidden], of a stage behind the first; the first has an embedding."""
 
-    def __init__(self, queue: Queue, limits: StepLimits, residual: torch.Tensor, stage: Stage) -> None:
-        self._residual = residual
-        self._upload = None if stage.is_first else Upload(queue, limits.step_tokens * _words(residual))
+    def __init__(self, residual: torch.Tensor, stage: Stage) -> None:
+        self._residual, self._stage = residual, stage
 
     def of_zeros(self, num_tokens: int) -> torch.Tensor:
-        """[num_tokens, hidden] to send, of no step."""
+        """[num_tokens, hidden], of no step."""
         return torch.zeros(num_tokens, self._residual.shape[1], dtype=self._residual.dtype)
 
-    def send(self, entering: torch.Tensor | None, num_tokens: int) -> Enter:
-        """Enqueue the copy of [num_tokens, hidden] to the device, where it lies until the next one does."""
-        if self._upload is None:
+    def of(self, entering: torch.Tensor | None, num_tokens: int) -> Enter:
+        """entering: [num_tokens, hidden] in pinned memory, which does not change before the step has run."""
+        if self._stage.is_first:
             return enter_nothing
-        residual = self._residual
-        if entering is None or tuple(entering.shape) != (num_tokens, residual.shape[1]):
+        if entering is None or tuple(entering.shape) != (num_tokens, self._residual.shape[1]):
             shape = None if entering is None else list(entering.shape)
             raise InvariantBroken(f"{num_tokens} tokens enter a stage with {shape}")
-        (sent,) = self._upload.send((entering.view(torch.int32).numpy(),))
-        rows = sent.view(residual.dtype).view(num_tokens, -1)
+        return partial(self._enter, entering)
 
-        def enter(padded_tokens: int) -> None:
-            residual[:num_tokens].copy_(rows)
-            residual[num_tokens:padded_tokens].zero_()  # else layers would add to it from step to step
+    def _enter(self, entering: torch.Tensor, padded_tokens: int) -> None:
+        copy_async(self._residual[: len(entering)], entering)
+        self._residual[len(entering) : padded_tokens].zero_()  # else layers would add to it from step to step
 
-        return enter
+
+@dataclass(frozen=True, slots=True)
+class LeftResidual:
+    """What a stage has made of a step, in host memory."""
+
+    slot: int
+    """Its number."""
+    rows: torch.Tensor  # [N, hidden]
+    mark: QueueMark
+
+    def wait(self) -> torch.Tensor:
+        """The rows, once they are there; valid while the step is in flight."""
+        self.mark.wait()
+        return self.rows
 
 
 class LeavingResiduals:
-    """Out of `residual`, of a stage before the last. Buffers take turns: one is written again when steps are launched
-    before which that step was read."""
+    """Out of `residual`, of a stage before the last, to slots of pinned memory in turn."""
 
-    def __init__(self, queue: Queue, limits: StepLimits, residual: torch.Tensor) -> None:
-        self._queue, self._residual = queue, residual
-        rows, words = limits.step_tokens, _words(residual)
-        self._buffers = [
-            queue.host_buffer(rows * words).view(residual.dtype).view(rows, -1) for _ in range(limits.run_ahead + 2)
-        ]
+    def __init__(self, queue: Queue, residual: torch.Tensor, slots: Sequence[torch.Tensor]) -> None:
+        self._queue, self._residual, self._slots = queue, residual, slots
         self._turn = 0
 
-    def take(self, num_tokens: int) -> Left:
+    def take(self, num_tokens: int) -> LeftResidual:
         """Enqueue the copy of the step before it."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        buffer, residual = self._buffers[self._turn][:num_tokens], self._residual[:num_tokens]
-        self._queue.enqueue(lambda: copy_async(buffer, residual))
-        mark = self._queue.mark()
-
-        def left() -> torch.Tensor:
-            mark.wait()
-            return buffer
-
-        return left
+        self._turn = (self._turn + 1) % len(self._slots)
+        rows, residual = self._slots[self._turn][:num_tokens], self._residual[:num_tokens]
+        self._queue.enqueue(lambda: copy_async(rows, residual))
+        return LeftResidual(self._turn, rows, self._queue.mark())
 
 
-def _words(residual: torch.Tensor) -> int:
-    """Of a row."""
-    return residual.shape[1] * residual.itemsize // WORD_BYTES
+def pinned_slots(queue: Queue, shape: ResidualSlots) -> tuple[torch.Tensor, ...]:
+    """In memory of this process alone."""
+    return shape.over(queue.host_buffer(-(-shape.size_bytes // 4)).view(torch.uint8))

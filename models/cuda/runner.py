@@ -130,7 +130,7 @@ class CudaRunner:
         self._results = [StepResult(queue, rows, limits.most_drafts, drafted) for _ in range(limits.run_ahead + 1)]
         self._entering: EnteringResiduals | None = None
         if stage.count > 1 and isinstance(self._decoder, DeviceDecoder):
-            self._entering = EnteringResiduals(queue, limits, self._decoder.residual(limits.step_tokens), stage)
+            self._entering = EnteringResiduals(self._decoder.residual(limits.step_tokens), stage)
         self._last: QueueMark | None = None
         self._bound: PoolBinding | None = None
         self._longest = max_len
@@ -239,7 +239,7 @@ class CudaRunner:
             self.budget.measure(bound.decode.times(), bound.after.times())
 
     def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched:
-        """As models.batch.Runner says. entering: [N, hidden], what the stage before has made of the rows."""
+        """As models.batch.Runner says. entering: as AdvancingStage.advance."""
         return self.launch_chosen(rows, self.choose(rows), entering)
 
     def choose(self, rows: Sequence[Row]) -> BudgetChoice | None:
@@ -282,7 +282,7 @@ class CudaRunner:
         offered: Callable[[], Sequence[Sequence[int]]] = tuple
         if masked and choice is not None:
             offered = self._offer(rows, result)
-        enter = enter_nothing if self._entering is None else self._entering.send(entering, num_tokens_of(rows))
+        enter = enter_nothing if self._entering is None else self._entering.of(entering, num_tokens_of(rows))
         begun = self._launch_both(own, parts, result, draws, choice, enter)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun

@@ -3,7 +3,7 @@ goes on. The last one is a `runner.CudaRunner`.
 
     stage = AdvancingStage(config, weights, queue, limits, max_len, Stage(0, 2))
     stage.bind_pool(pool, max_model_len)                     # compiles and captures the steps
-    left = stage.advance(rows); ...; left()                  # the residual, once it is there
+    left = stage.advance(rows); ...; left.wait()             # the residual, once it is there
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from baton.models.cuda.pool_binding import paged_pool
 from baton.models.cuda.prefill_pieces import PrefillPieces
 from baton.models.cuda.products import Policy, fastest, invariant
 from baton.models.cuda.queue import Queue, aligned
-from baton.models.cuda.residuals import EnteringResiduals, LeavingResiduals, Left
+from baton.models.cuda.residuals import EnteringResiduals, LeavingResiduals, LeftResidual, ResidualSlots, pinned_slots
 from baton.models.cuda.slots import Slots
 from baton.models.cuda.warm_up import warm_up_steps
 from baton.models.kv_format import KvFormat
@@ -46,8 +46,10 @@ class AdvancingStage:
         stage: Stage,
         policy: Policy | None = None,
         kv_format: KvFormat | None = None,
+        leaving: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """config: of the whole model. The rest as CudaRunner has it."""
+        """config: of the whole model. leaving: ResidualSlots in pinned memory, by default of this process alone. The
+        rest as CudaRunner has it."""
         own = part_of(config, WHOLE, stage)
         check_supported(own)
         self.config, self._own, self._stage = config, own, stage
@@ -59,8 +61,9 @@ class AdvancingStage:
         widened = self.dtype if self.kv_format.quantised else None
         self._context = ContextMemory(own, weights, queue, limits, max_len, widened)
         residual = self._decoder.residual(limits.step_tokens)
-        self._entering = EnteringResiduals(queue, limits, residual, stage)
-        self._leaving = LeavingResiduals(queue, limits, residual)
+        self._entering = EnteringResiduals(residual, stage)
+        slots = leaving or pinned_slots(queue, ResidualSlots.of(limits, config.hidden_size, self.dtype))
+        self._leaving = LeavingResiduals(queue, residual, slots)
         self._forward: ChunkForward | None = None
         self._longest, self._block_tokens = max_len, 1
 
@@ -95,15 +98,16 @@ class AdvancingStage:
     def warm_up(self) -> None:
         """As CudaRunner."""
         for rows in warm_up_steps(self._limits, self._longest, self._block_tokens):
-            self.advance(rows, self._entering.of_zeros(num_tokens_of(rows)))()
+            self.advance(rows, self._entering.of_zeros(num_tokens_of(rows))).wait()
 
-    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Left:
-        """Launch a step; what gives the residual of its tokens. entering: what the stage before has made of them."""
+    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> LeftResidual:
+        """Launch a step. entering: [N, hidden], what the stage before has made of its tokens, in pinned memory that
+        does not change before the step has run."""
         if self._forward is None:
             raise InvariantBroken("no pool is bound")
         num_tokens = num_tokens_of(rows)
         sent, forward = self._forward.prepare(rows)
-        enter = self._entering.send(entering, num_tokens)
+        enter = self._entering.of(entering, num_tokens)
 
         def work() -> None:
             enter(len(sent.tokens))

@@ -76,7 +76,7 @@ class Stages:
         entering: list = [None] * len(steps)
         for stage in self.before:
             lefts = [stage.advance(rows, entered) for rows, entered in zip(steps, entering, strict=True)]
-            entering = [left() for left in lefts]
+            entering = [left.wait() for left in lefts]
         return [self.last.launch(rows, entered) for rows, entered in zip(steps, entering, strict=True)]
 
 

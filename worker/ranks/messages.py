@@ -50,6 +50,10 @@ class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     gpu_memory_utilization: float | None
     """None: the size of the pool is given."""
+    entering: SharedBytes | None = None
+    """Memory of the worker's process, through which steps enter a stage behind the first, and leave one before the
+    last."""
+    leaving: SharedBytes | None = None
 
 
 class RankStart(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -18,6 +18,7 @@ from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.kvtransfer.reshard import Cut
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.residuals import ResidualSlots
 from baton.models.cuda.runner import CudaRunner
 from baton.models.cuda.stage import AdvancingStage
 from baton.models.kv_scales import kv_format_of
@@ -44,8 +45,9 @@ from baton.worker.ranks.messages import (
     decode,
     encode,
 )
-from baton.worker.stages.late import Leaving, advance_late, draw_late
+from baton.worker.stages.late import EnteringSteps, Leaving, advance_late, draw_late
 from baton.worker.stages.links import StageLink
+from baton.worker.stages.residual_memory import locked_slots
 from baton.worker.stages.work import Entering
 
 
@@ -58,28 +60,38 @@ class DeviceStage:
     config: ModelConfig
     runner: AdvancingStage | CudaRunner
     """The latter is the last one."""
+    entering: tuple[torch.Tensor, ...]
+    """Slots of memory; of the first stage none."""
     whole_layout: KVLayout
     """Of all stages together."""
     weights_bytes: int
     longest: int
 
     @classmethod
-    def load(cls, part: ModelPart, share: DeviceShare, on_progress: Progress = no_progress) -> DeviceStage:
-        """SettingsError for what cannot run."""
+    def load(
+        cls, part: ModelPart, share: DeviceShare, starter_pid: int, on_progress: Progress = no_progress
+    ) -> DeviceStage:
+        """SettingsError for what cannot run. starter_pid: whose memory steps pass."""
         torch.cuda.set_device(share.gpu)
         stage, (config, longest) = stage_of(part), config_of(part)
         check_stages(config, stage.count)
         weights = load_on_gpu(part, config, share.gpu, on_progress, stage=stage)
         dtype = DTYPES[part.dtype]
         kv_format = kv_format_of(part.kv_dtype, config, Path(part.folder), dtype, part.load_format)
-        given = config, weights, CudaQueue(share.gpu), limits_of(share, part), longest
+        limits = limits_of(share, part)
+        slots = ResidualSlots.of(limits, config.hidden_size, dtype)
+        entering, leaving = (
+            () if memory is None else locked_slots(starter_pid, memory, slots)
+            for memory in (share.entering, share.leaving)
+        )
+        given = config, weights, CudaQueue(share.gpu), limits, longest
         runner: AdvancingStage | CudaRunner
         if stage.is_last:
             runner = CudaRunner(*given, kv_format=kv_format, stage=stage)
         else:
-            runner = AdvancingStage(*given, stage, kv_format=kv_format)
+            runner = AdvancingStage(*given, stage, kv_format=kv_format, leaving=leaving)
         layout = device_layout(config, kv_format, share.block_tokens)
-        return cls(stage, share, config, runner, layout, sum(weights.size_bytes.values()), longest)
+        return cls(stage, share, config, runner, entering, layout, sum(weights.size_bytes.values()), longest)
 
     @property
     def cut(self) -> Cut:
@@ -109,7 +121,7 @@ class DeviceStage:
 
     def work(self, before: StageLink, after: StageLink) -> None:
         """Of a stage behind the first. Ends with PeerLost."""
-        entering = Entering(before, self.runner.run_ahead + 1)
+        entering = EnteringSteps(Entering(before, self.runner.run_ahead + 1), self.entering)
         leaving = Leaving(after, self.use_gpu, before.shut)
         if isinstance(self.runner, AdvancingStage):
             advance_late(self.runner, entering, leaving)
@@ -120,7 +132,7 @@ def join_on_device(start: StageStart, control: RankLink, load_s: float) -> Devic
     """Load a stage behind the first, and make it ready."""
     if start.device is None:
         raise InvariantBroken("a stage on a GPU without its share of one")
-    loaded = DeviceStage.load(start.model, start.device)
+    loaded = DeviceStage.load(start.model, start.device, start.starter_pid)
     control.send(encode(DeviceStageLoaded(num_blocks=loaded.num_blocks)))
     made = decode(control.receive(load_s))
     if not isinstance(made, DeviceStagePool):

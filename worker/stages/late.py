@@ -1,5 +1,6 @@
 """Stages whose steps run on a GPU beside the host: a step is launched when it comes, and sent on by a thread once the
-GPU has computed it. So launching waits for nothing, and a GPU begins its next step when it ends one.
+GPU has computed it. So launching waits for nothing, and a GPU begins its next step when it ends one. Residuals lie in
+memory that neighbours share (`residual_memory`); messages name the slot.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from baton.worker.stages.links import StepLink
 from baton.worker.stages.messages import (
     SlotFill,
     StepDrawn,
-    bytes_of,
     decode_masks,
     decode_rows,
     encode_drawn,
     encode_rows,
-    residual_of,
 )
 from baton.worker.stages.runner import PipelinedStep
 from baton.worker.stages.work import Entering, is_masked
 
-Message = tuple[bytes, bytes | memoryview]
+Message = tuple[bytes, bytes]
+"""A record and, of a step that goes on, the number of its slot."""
 
 
 class AdvancesSteps(Protocol):
@@ -40,15 +40,21 @@ class AdvancesSteps(Protocol):
     def config(self) -> ModelConfig: ...
 
     run_ahead: int
-    dtype: torch.dtype
 
-    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Callable[[], torch.Tensor]: ...
+    def advance(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> LeftStep: ...
+
+
+class LeftStep(Protocol):
+    """models.cuda.residuals.LeftResidual."""
+
+    @property
+    def slot(self) -> int: ...
+
+    def wait(self) -> torch.Tensor: ...
 
 
 class DrawsSteps(Protocol):
     """models.cuda.runner.CudaRunner of the last stage."""
-
-    dtype: torch.dtype
 
     def launch(self, rows: Sequence[Row], entering: torch.Tensor | None = None) -> Launched: ...
 
@@ -93,33 +99,41 @@ class LatePipelineRunner:
         return PipelinedStep(self._last, len(rows))
 
 
-def advance_late(stage: AdvancesSteps, entering: Entering, leaving: Leaving) -> NoReturn:
+class EnteringSteps:
+    """Steps in order, each with its residual in a slot of the memory that the stage before writes."""
+
+    def __init__(self, entering: Entering, slots: Sequence[torch.Tensor]) -> None:
+        self._entering, self._slots = entering, slots
+
+    def next(self) -> tuple[bytes, Sequence[Row], torch.Tensor]:
+        """The record, its rows, and what they enter with, [N, hidden]. PeerLost once the link has ended."""
+        record, slot = self._entering.receive()
+        rows = decode_rows(record)
+        if isinstance(rows, SlotFill):
+            raise InvariantBroken(f"slot {rows.slot} is filled, where there is none")
+        return record, rows, self._slots[slot[0]][: sum(len(row.token_ids) for row in rows)]
+
+
+def advance_late(stage: AdvancesSteps, entering: EnteringSteps, leaving: Leaving) -> NoReturn:
     """Of a stage between the first and the last. Ends with PeerLost."""
     while True:
-        record, rows, residual = _next(entering, stage.dtype)
+        record, rows, residual = entering.next()
         leaving.put(partial(_advanced, record, stage.advance(rows, residual)))
 
 
-def draw_late(stage: DrawsSteps, entering: Entering, leaving: Leaving, first: StepLink) -> NoReturn:
+def draw_late(stage: DrawsSteps, entering: EnteringSteps, leaving: Leaving, first: StepLink) -> NoReturn:
     """Of the last stage; first: where masks come from. Ends with PeerLost."""
     while True:
-        _, rows, residual = _next(entering, stage.dtype)
+        _, rows, residual = entering.next()
         launched = stage.launch(rows, residual)
         if is_masked(rows):  # no step is launched behind it, until all before it were read
             launched.complete(decode_masks(*first.receive()))
         leaving.put(partial(_drawn, launched))
 
 
-def _next(entering: Entering, dtype: torch.dtype) -> tuple[bytes, Sequence[Row], torch.Tensor]:
-    record, data = entering.receive()
-    rows = decode_rows(record)
-    if isinstance(rows, SlotFill):
-        raise InvariantBroken(f"slot {rows.slot} is filled, where there is none")
-    return record, rows, residual_of(data, dtype, sum(len(row.token_ids) for row in rows))
-
-
-def _advanced(record: bytes, left: Callable[[], torch.Tensor]) -> Message:
-    return record, bytes_of(left())
+def _advanced(record: bytes, left: LeftStep) -> Message:
+    left.wait()
+    return record, bytes([left.slot])
 
 
 def _drawn(launched: Launched) -> Message:

@@ -95,7 +95,7 @@ class Stages:
         entering: list = [None] * len(steps)
         for stage in self.before:
             lefts = [stage.advance(rows, entered) for rows, entered in zip(steps, entering, strict=True)]
-            entering = [left() for left in lefts]
+            entering = [left.wait() for left in lefts]
         return [self.last.launch(rows, entered) for rows, entered in zip(steps, entering, strict=True)]
 
 
@@ -161,9 +161,9 @@ def test_steps_that_are_not_in_pieces_enter_and_leave_stages(make_model, monkeyp
 def test_padding_enters_a_stage_as_zeros():
     """Guards against rows to which the layers add from step to step, and tokens of a step that is launched behind."""
     queue, residual = LateQueue(), torch.ones(8, 4)
-    entering = EnteringResiduals(queue, StepLimits(1, 8), residual, Stage(1, 2))
+    entering = EnteringResiduals(residual, Stage(1, 2))
     for value in (2.0, 3.0):
-        enter = entering.send(torch.full((3, 4), value), 3)
+        enter = entering.of(torch.full((3, 4), value), 3)
         queue.enqueue(partial(enter, 6))
     queue.mark().wait()
     assert residual[:, 0].tolist() == [3.0] * 3 + [0.0] * 3 + [1.0] * 2

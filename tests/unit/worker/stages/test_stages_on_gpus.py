@@ -6,6 +6,7 @@ What is compiled or captured ahead of the first step is left out.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -39,7 +40,7 @@ from baton.worker.stages import device, late
 from baton.worker.stages.late import Leaving
 from baton.worker.stages.links import StageLink, stage_pair
 
-from baton.kvtransfer.blocks import device_stage_pools  # isort: skip  # where fakes of CUDA are
+from baton.kvtransfer.blocks import cudart, device_stage_pools  # isort: skip  # where fakes of CUDA are
 
 T = TypeVar("T")
 WAIT_S = 120.0
@@ -79,10 +80,11 @@ class FakeStages:
         patch.setattr(device_loading, "load_weights", self._load_weights)
         patch.setattr(device_pool, "DeviceMemory", partial(FakeMemory, self.handles))
         patch.setattr(device, "mapped", self._mapped)
+        patch.setattr(cudart, "lock_pages", lambda pointer, size_bytes: None, raising=False)
         patch.setattr(device, "CudaQueue", lambda gpu: SharedQueue())
         patch.setattr(prefill_pieces, "SMALLEST", (8, 16))  # padding takes time too
-        for runner in (AdvancingStage, CudaRunner):
-            patch.setattr(runner, "warm_up", lambda runner: None)
+        patch.setattr(CudaRunner, "warm_up", lambda runner: None)
+        patch.setattr(AdvancingStage, "warm_up", lambda stage: stage._leaving.take(1))  # which takes a turn
         patch.setattr(build_stages, "StageGroup", self._group)
         patch.setattr(device_stage_pools, "DeviceCopies", self._copies)
         for module in (late, device):
@@ -170,7 +172,7 @@ class FakeStage:
         self.outbox: SimpleQueue[bytes] = SimpleQueue()
         self.send = self.outbox.put
         start = StageStart(
-            starter_pid=0,
+            starter_pid=os.getpid(),
             name="",
             log_level="",
             entering_fd=0,
