@@ -54,15 +54,16 @@ MOST_PROMPTS = MOST_TOKENS // PROMPT - 1
 """In a step."""
 
 
-def random_adapter(config: ModelConfig, rank: int, seed: int, *, vocabulary: bool) -> Adapter:
-    """Of all products; vocabulary: of the embedding and the head too."""
+def random_adapter(config: ModelConfig, rank: int, seed: int, *, vocabulary: bool, dora: bool) -> Adapter:
+    """Of all products; vocabulary: of the embedding and the head too. dora: with magnitudes."""
     generator = torch.Generator().manual_seed(seed)
 
     def parts(inputs: int, outputs: Sequence[int]) -> Parts:
         def some(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).mul_(0.02)
 
-        return tuple(LowRank(some(rank, inputs), some(each, rank)) for each in outputs)
+        pairs = (LowRank(some(rank, inputs), some(each, rank)) for each in outputs)
+        return tuple(pair._replace(row_scale=1 + some(len(pair.b))) if dora else pair for pair in pairs)
 
     layers = [
         LayerAdapter(**{name: parts(product.num_inputs, product.outputs) for name, product in products.items()})
@@ -72,7 +73,7 @@ def random_adapter(config: ModelConfig, rank: int, seed: int, *, vocabulary: boo
     if not vocabulary:
         return adapter
     (embedding,), head = parts(config.vocab_size, [config.hidden_size]), parts(config.hidden_size, [config.vocab_size])
-    return replace(adapter, embedding=embedding, lm_head=head)
+    return replace(adapter, embedding=embedding._replace(row_scale=None), lm_head=head)
 
 
 class FillingBatch(DecodeBatch):
@@ -283,6 +284,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--max-rank", type=int, default=16, help="for which slots have room")
     parser.add_argument("--vocabulary", action="store_true", help="with pairs of the embedding and the head")
+    parser.add_argument("--dora", action="store_true", help="with magnitudes")
     parser.add_argument("--slots", type=int, default=80, help="adapters that the GPU holds")
     parser.add_argument("--turns", type=int, default=3, help="of each cell, and of each kind of traffic")
     parser.add_argument("--adapters", type=int, default=1000, help="adapters of the traffic")
@@ -303,12 +305,14 @@ def main(argv: Sequence[str]) -> int:
         adapter_slots=options.slots,
         max_rank=options.max_rank,
         adapter_vocabulary=options.vocabulary,
+        adapter_magnitudes=options.dora,
     )
     config, weights = load_shape(lines, options.shape, options.quantization)
     pool = random_pool(config, most * blocks_for(longest) + 8)
     runner = make_runner(lines, config, weights, limits, pool, longest)
     began_at = time.monotonic()
-    made = [random_adapter(config, options.rank, seed, vocabulary=options.vocabulary) for seed in range(IMAGES)]
+    kind = {"vocabulary": options.vocabulary, "dora": options.dora}
+    made = [random_adapter(config, options.rank, seed, **kind) for seed in range(IMAGES)]
     images = [runner.adapters.prepare(each) for each in made]
     lines.put("prepared", adapters=IMAGES, seconds=round(time.monotonic() - began_at, 2))
     for slot in range(options.slots):

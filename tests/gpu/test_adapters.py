@@ -13,14 +13,19 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.kernels import DenseLinear, ExpertLinears
 from baton.kernels.routing import Routing
 from baton.kernels.triton import linear, low_rank, norm
 from baton.kernels.triton.decode_plan import split_plan
+from baton.kernels.triton.expert_pairs import ExpertPairs
 from baton.kernels.triton.experts_policy import row_tiles, rows_tiles
 from baton.kernels.triton.latent_decode import head_tiles
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, QKV_8B, ProductShape
+from baton.kernels.triton.low_rank import AdapterBank, BankSite
 from baton.models.config import ModelConfig
 from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.products.experts_dense import DenseExperts
+from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
@@ -28,7 +33,9 @@ from baton.node.modelhub import locate_model
 from baton.tests.gpu.test_runner import make, prompts, table
 from baton.tests.unit.kernels import adapter_checks as checks
 from baton.tests.unit.kernels import latent_checks
+from baton.tests.unit.kernels.expert_checks import routes_of, some_logits
 from baton.tests.unit.kernels.expert_pair_checks import check_experts_added
+from baton.tests.unit.kernels.kernel_checks import error
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 from baton.tests.unit.models.cuda.merged import (
     merged_runner,
@@ -169,6 +176,31 @@ def test_experts_that_add(num_tokens, tile_m):
         tiles = rows_tiles(shape, tile_m, 32, dtype.itemsize) if tile_m else row_tiles(shape)
         assert tiles is not None
         check_experts_added(GPU, dtype, num_tokens, routing, n, k, tiles, [16, 0, 32], 32, range(8, 32), pdl=True)
+
+
+def test_experts_of_prompts_beside_adapters_are_those_without():
+    """Guards against tiles of another number of rows than the products of steps with adapters have."""
+    count, num_tokens, hidden, width = 8, 400, 512, 256
+    routing = Routing(count, 2)
+    products = DenseExperts(ExpertsSizes(routing, range(count), hidden, width), 512, False, BF16, GPU, 2 * 16)
+
+    def experts(outputs: int, inputs: int) -> ExpertLinears:
+        weight = torch.randn(count * outputs, inputs, device=GPU) / inputs**0.5
+        return ExpertLinears(DenseLinear(weight.to(BF16)), count)
+
+    gate_up, down = experts(2 * width, hidden), experts(hidden, width)
+    x, logits = torch.randn(num_tokens, hidden, device=GPU).to(BF16), some_logits(num_tokens, count, False)
+    ranks, none = (torch.full((size,), value, dtype=torch.int32, device=GPU) for size, value in ((2, 0), (400, -1)))
+    bank = AdapterBank(torch.zeros(1, 1024, dtype=BF16, device=GPU), ranks.view(1, 2), 16)
+    sites = BankSite(0, 0, 0, hidden, (width, 2 * width)), BankSite(1, 0, 0, width, (hidden,))
+    first, second = (ExpertPairs(bank, site, none) for site in sites)
+    found = []
+    for pairs in (None, (first, second)):
+        tile_rows = products.tile_rows(num_tokens, adapted=pairs is not None)
+        routes = routes_of(logits, routing, tile_rows, GPU)
+        rows = products(gate_up, down, x, routes, pairs, pdl=False)
+        found.append(rows[routes.positions.long()].double())
+    assert error(found[1], found[0]) < 0.01
 
 
 @pytest.mark.parametrize("scaled", [False, True])
