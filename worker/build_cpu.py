@@ -206,12 +206,7 @@ def model_part(settings: WorkerSettings, folder: Path, vocab_size: int, draft: P
         num_stages=settings.pp,
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
-        lora_vocabulary=settings.lora_vocabulary,
-        lora_modules_to_save=settings.lora_modules_to_save,
-        lora_kv_b_proj=settings.lora_kv_b_proj,
-        lora_routers=settings.lora_routers,
-        lora_experts=settings.lora_experts,
-        lora_dora=settings.lora_dora,
+        lora_room=settings.lora_room,
         draft="" if draft is None else str(draft),
     )
 

@@ -19,7 +19,7 @@ from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.reshard import Cut
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.limits import StepLimits, room_limits
 from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner
@@ -142,12 +142,7 @@ def _load(
         most_drafts=settings.most_drafts,
         adapter_slots=settings.max_loras,
         max_rank=settings.max_lora_rank,
-        adapter_vocabulary=settings.lora_vocabulary,
-        adapter_wholes=settings.lora_modules_to_save,
-        adapter_latents=settings.lora_kv_b_proj,
-        adapter_routers=settings.lora_routers,
-        adapter_experts=settings.lora_experts,
-        adapter_magnitudes=settings.lora_dora,
+        **room_limits(settings.lora_room),
     )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
     eagle, draft_bytes = None, 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from baton.models.adapters.room import ROOMS
 from baton.models.config import FULL_STEP_TOKENS
 from baton.models.eagle_config import EAGLE
 from baton.node.addresses import ADVERTISE_HELP
@@ -102,34 +103,13 @@ class WorkerSettings(EngineSettings):
         maximum=1024,
     )
     max_lora_rank: int = option(64, help="largest rank of an adapter", minimum=1, maximum=512)
-    lora_vocabulary: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for low-rank pairs of the embedding and the head; on a CPU "
-        "adapters may always have them",
-    )
-    lora_modules_to_save: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for an embedding, a head and norms in place of the model's; "
-        "on a CPU adapters may always have them",
-    )
-    lora_kv_b_proj: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for low-rank pairs of kv_b_proj of latent attention; on a CPU "
-        "adapters may always have them",
-    )
-    lora_routers: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for low-rank pairs of routers, and gates of shared experts; "
-        "on a CPU adapters may always have them",
-    )
-    lora_experts: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for low-rank pairs of routed experts, which may be gigabytes; "
-        "on a CPU adapters may always have them",
-    )
-    lora_dora: bool = option(
-        False,
-        help="on a GPU: room in each slot of --max-loras for magnitudes (DoRA); on a CPU adapters may always have them",
+    lora_room: tuple[str, ...] = option(
+        (),
+        choices=ROOMS,
+        help="on a GPU: what each slot of --max-loras has room for, beside low-rank pairs of linear layers: pairs of "
+        "the embedding and the head (vocabulary), of kv_b_proj of latent attention, of routers and gates of shared "
+        "experts, of routed experts, which may take gigabytes; an embedding, a head and norms in place of the model's "
+        "(modules_to_save); magnitudes (dora). On a CPU adapters may have all of these",
     )
     max_cpu_loras: int = option(
         128,

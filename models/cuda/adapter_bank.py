@@ -87,24 +87,24 @@ class BankSlots:
         if of_vocabulary and self._layout.vocabulary is None:
             raise AdapterError(
                 "has a low-rank pair, or rows of tokens, of the embedding or the head, for which slots on a GPU have "
-                "room with --lora-vocabulary"
+                "room with --lora-room vocabulary"
             )
         if adapter.wholes and self._whole_shape is None:
             raise AdapterError(
                 "has an embedding, a head or norms of its own (modules_to_save), for which slots on a GPU have room "
-                "with --lora-modules-to-save"
+                "with --lora-room modules_to_save"
             )
         if self.bank.scales is None and any(pair.row_scale is not None for pair in adapter.pairs):
-            raise AdapterError("has magnitudes (DoRA), for which slots on a GPU have room with --lora-dora")
+            raise AdapterError("has magnitudes (DoRA), for which slots on a GPU have room with --lora-room dora")
         experts = _expert_bytes(adapter, self.bank.numbers.dtype)
         if experts and not any(self._layout.experts):
             raise AdapterError(
-                f"adapts routed experts, for which slots on a GPU have room with --lora-experts: their pairs are "
+                f"adapts routed experts, for which slots on a GPU have room with --lora-room experts: their pairs are "
                 f"{experts:,} bytes, a slot has {self.bank.numbers[0].nbytes:,} now"
             )
         for module, (number, product) in self._layout.without.items():
             if adapter.layers[number].product(product):
-                option = "--lora-routers" if product in ROUTER_PRODUCTS else "--lora-kv-b-proj"
+                option = "--lora-room routers" if product in ROUTER_PRODUCTS else "--lora-room kv_b_proj"
                 raise AdapterError(f"adapts {module}, for which slots on a GPU have room with {option}")
         if adapter.rank > self.max_rank:
             raise AdapterError(f"has rank {adapter.rank}, more than --max-lora-rank {self.max_rank}")

@@ -93,7 +93,7 @@ class BankLayout:
         if vocabulary:
             if hidden % RANK_STEP:
                 raise SettingsError(
-                    f"--lora-vocabulary: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is {hidden}"
+                    f"--lora-room vocabulary: the hidden size must be a multiple of {RANK_STEP}, it is {hidden}"
                 )
             tokens, logits = config.vocab_size, len(rank.vocabulary(config.vocab_size))
             behind = end + tokens + hidden
@@ -152,7 +152,7 @@ class WholeShape:
         """rank: whose part of the head. SettingsError for sizes that the kernels do not take."""
         if config.hidden_size % RANK_STEP:
             raise SettingsError(
-                f"--lora-modules-to-save: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is "
+                f"--lora-room modules_to_save: on a GPU the hidden size must be a multiple of {RANK_STEP}, it is "
                 f"{config.hidden_size}"
             )
         head_rows = len(rank.vocabulary(config.vocab_size))

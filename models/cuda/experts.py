@@ -171,6 +171,6 @@ def _products_of(
         if deterministic:
             raise SettingsError("--deterministic: on a GPU only with experts in the model's dtype, not in 8 bits")
         if pair_width:
-            raise SettingsError("--lora-experts: on a GPU only with experts in the model's dtype, not in 8 bits")
+            raise SettingsError("--lora-room experts: on a GPU only with experts in the model's dtype, not in 8 bits")
         return ScaledExperts(sizes, weight_format, max_tokens, dtype, device)
     raise InvariantBroken(f"no kernel here reads experts of the format {weight_format}")

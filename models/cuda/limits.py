@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from baton.kernels.triton.decode_plan import GROUP_ROWS
+from baton.models.adapters.room import EXPERTS, LATENTS, MAGNITUDES, ROUTERS, VOCABULARY, WHOLES
 from baton.models.config import ModelConfig
 from baton.models.cuda.latent import check_latent
 from baton.node.errors import SettingsError
@@ -61,6 +63,18 @@ class StepLimits:
     def step_tokens(self) -> int:
         """Tokens of any step at most."""
         return max(self.max_tokens, self.decode_tokens)
+
+
+def room_limits(room: Collection[str]) -> dict[str, bool]:
+    """What `--lora-room` says, as arguments of StepLimits."""
+    return {
+        "adapter_vocabulary": VOCABULARY in room,
+        "adapter_wholes": WHOLES in room,
+        "adapter_latents": LATENTS in room,
+        "adapter_routers": ROUTERS in room,
+        "adapter_experts": EXPERTS in room,
+        "adapter_magnitudes": MAGNITUDES in room,
+    }
 
 
 def check_supported(config: ModelConfig) -> None:

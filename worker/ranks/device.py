@@ -17,6 +17,7 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.device_pool import DeviceMemory, mapped
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
+from baton.models.adapters.room import EXPERTS, LATENTS, MAGNITUDES, ROUTERS, VOCABULARY, WHOLES
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_layout import BankLayout, BankShape, WholeShape
 from baton.models.cuda.peers import DevicePeers, RankMemory
@@ -117,16 +118,17 @@ def bank_shape(config: ModelConfig, rank: Rank, part: ModelPart, dtype: torch.dt
     """Of the slots of adapters of a rank; None: there are none."""
     if not part.max_loras:
         return None
-    wholes = WholeShape.of(config, rank) if part.lora_modules_to_save else None
+    room = part.lora_room
+    wholes = WholeShape.of(config, rank) if WHOLES in room else None
     layout = BankLayout.of(
         config,
         rank,
-        vocabulary=part.lora_vocabulary,
-        latents=part.lora_kv_b_proj,
-        routers=part.lora_routers,
-        experts=part.lora_experts,
+        vocabulary=VOCABULARY in room,
+        latents=LATENTS in room,
+        routers=ROUTERS in room,
+        experts=EXPERTS in room,
     )
-    return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, part.lora_dora)
+    return BankShape(layout, part.max_loras, part.max_lora_rank, dtype, wholes, MAGNITUDES in room)
 
 
 def join_on_device(

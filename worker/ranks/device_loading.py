@@ -12,7 +12,7 @@ import torch
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.limits import StepLimits, room_limits
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
@@ -81,12 +81,7 @@ def limits_of(share: DeviceShare, part: ModelPart) -> StepLimits:
         most_drafts=share.most_drafts,
         adapter_slots=part.max_loras,
         max_rank=part.max_lora_rank,
-        adapter_vocabulary=part.lora_vocabulary,
-        adapter_wholes=part.lora_modules_to_save,
-        adapter_latents=part.lora_kv_b_proj,
-        adapter_routers=part.lora_routers,
-        adapter_experts=part.lora_experts,
-        adapter_magnitudes=part.lora_dora,
+        **room_limits(part.lora_room),
     )
 
 

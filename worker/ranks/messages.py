@@ -20,12 +20,7 @@ class ModelPart(msgspec.Struct, frozen=True, kw_only=True):
     num_stages: int = 1
     max_loras: int = 0
     max_lora_rank: int = 0
-    lora_vocabulary: bool = False
-    lora_modules_to_save: bool = False
-    lora_kv_b_proj: bool = False
-    lora_routers: bool = False
-    lora_experts: bool = False
-    lora_dora: bool = False
+    lora_room: tuple[str, ...] = ()
     draft: str = ""
     """The folder of an EAGLE-3 draft, whose layer lies behind the model's in the pool; empty: there is none."""
 

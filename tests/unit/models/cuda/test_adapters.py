@@ -283,17 +283,17 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
     config = ModelConfig.from_folder(make_model("llama", num_hidden_layers=1).folder)
     prepare = BankSlots(BankShape(BankLayout.of(config), 2, 32, torch.bfloat16), LateQueue()).prepare
     pair = LowRank(torch.zeros(4, 64), torch.zeros(64, 4))
-    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-vocabulary"):
+    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-room vocabulary"):
         prepare(Adapter(b"", (LayerAdapter(),), lm_head=(pair,)))
-    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-vocabulary"):
+    with pytest.raises(AdapterError, match=r"of the embedding or the head, .* room with --lora-room vocabulary"):
         prepare(Adapter(b"", (LayerAdapter(),), embedding=pair))
     experts = LowRank(torch.zeros(8, 4, 64), torch.zeros(8, 64, 4))
     with pytest.raises(AdapterError, match=r"routed experts.* their pairs are 8,192 bytes"):
         prepare(Adapter(b"", (LayerAdapter(expert_down=(experts,)),)))
     for family, product, module, reason in (
-        ("qwen2_moe", "router", "mlp.gate", "for which .* --lora-routers"),
-        ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate", "for which .* --lora-routers"),
-        ("deepseek_v3", "kv_up", "self_attn.kv_b_proj", "for which .* --lora-kv-b-proj"),
+        ("qwen2_moe", "router", "mlp.gate", "for which .* --lora-room routers"),
+        ("qwen2_moe", "shared_gate", "mlp.shared_expert_gate", "for which .* --lora-room routers"),
+        ("deepseek_v3", "kv_up", "self_attn.kv_b_proj", "for which .* --lora-room kv_b_proj"),
     ):
         few = LATENT | {"num_hidden_layers": 1, "num_experts": 4, "head_dim": 16, "q_lora_rank": 32, "v_head_dim": 16}
         of_cpus = BankLayout.of(ModelConfig.from_folder(make_model(family, **few).folder))
@@ -301,9 +301,9 @@ def test_adapters_that_no_kernel_runs_are_refused(make_model):
             BankSlots(BankShape(of_cpus, 2, 32, torch.bfloat16), LateQueue()).prepare(
                 Adapter(b"", (LayerAdapter(**{product: (pair,)}),))
             )
-    with pytest.raises(AdapterError, match=r"magnitudes .* room with --lora-dora"):
+    with pytest.raises(AdapterError, match=r"magnitudes .* room with --lora-room dora"):
         prepare(Adapter(b"", (LayerAdapter(o=(pair._replace(row_scale=torch.ones(64)),)),)))
-    with pytest.raises(AdapterError, match="room with --lora-modules-to-save"):
+    with pytest.raises(AdapterError, match="room with --lora-room modules_to_save"):
         prepare(Adapter(b"", (LayerAdapter(),), norms={0: torch.ones(64)}))
     with pytest.raises(AdapterError, match="rank 48, more than --max-lora-rank 32"):
         prepare(random_adapter(config, [48], 1))

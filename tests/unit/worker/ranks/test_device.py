@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.adapters.cut import share_of
+from baton.models.adapters.room import ROOMS
 from baton.models.config import ModelConfig
 from baton.models.cuda.adapter_bank import BankSlots
 from baton.models.cuda.peers import DevicePeers, RankMemory
@@ -45,12 +46,7 @@ def start() -> RankStart:
         vocab_size=67,
         max_loras=2,
         max_lora_rank=16,
-        lora_vocabulary=True,
-        lora_modules_to_save=True,
-        lora_dora=True,
-        lora_kv_b_proj=True,
-        lora_routers=True,
-        lora_experts=True,
+        lora_room=ROOMS,
     )
     memory = SharedBytes(0, 0, b"")
     return RankStart(

@@ -76,8 +76,7 @@ def test_ranks_with_adapters_and_quantised_weights(monkeypatch, tmp_path):
         speculate="ngram",
         max_loras=2,
         max_lora_rank=16,
-        lora_modules_to_save=True,
-        lora_dora=True,
+        lora_room=("modules_to_save", "dora"),
     )
     plain = ModelRunner.load(folder, quantization="int4", max_loras=2, max_lora_rank=16)
     plain.bind_pool(*kv_pool(plain, 24, BLOCK))
