@@ -17,7 +17,7 @@ def test_answers_with_a_draft_are_those_without(oracle: Oracle, tmp_path: Path) 
     random_draft(tmp_path / "draft", ModelConfig.from_folder(DEMO))
     speculate = ("--speculate", f"eagle:{tmp_path / 'draft'}")
     ranks = ("--tp", "2")
-    with Cluster(worker_args=speculate, prefill_args=ranks, decode_step_s=0.01, log_folder=tmp_path) as cluster:
+    with Cluster(worker_args=speculate, prefill_args=ranks, decode_step_s=0.025, log_folder=tmp_path) as cluster:
         cluster.nodes.add_worker("decode", "decode-1", *ranks)
         cluster.wait_workers("prefill-0", "decode-0", "decode-1")
         for prompt, (text, _) in zip(LONG[:1], oracle.answers(LONG[:1]), strict=True):
@@ -27,7 +27,7 @@ def test_answers_with_a_draft_are_those_without(oracle: Oracle, tmp_path: Path) 
         cluster.wait_until(lambda: sum(cluster.worker_values("received_blocks_total").values()) > 0, "moved blocks")
         before = cluster.worker_values("spec_decode_num_drafts_total")
         assert sum(before.values()) > 0
-        seeded = {"max_tokens": 200, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+        seeded = {"max_tokens": 80, "temperature": 0.8, "seed": 7, "ignore_eos": True}
         streams = [cluster.begin(LONG[0], **seeded), cluster.begin(LONG[0], max_tokens=MAX_TOKENS)]
         cluster.wait_until(lambda: all(stream.num_chunks > 3 for stream in streams), "two streams")
         running = cluster.worker_values("running")
