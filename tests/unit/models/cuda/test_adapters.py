@@ -53,6 +53,7 @@ MAGNITUDES = {"adapter_magnitudes": True}
 LATENTS = {"adapter_latents": True}
 ROUTERS = {"adapter_routers": True}
 EXPERTS = {"adapter_experts": True}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SCALED_ROUTERS = ROUTERS | MAGNITUDES
 
 
@@ -267,11 +268,25 @@ def test_rows_of_tokens(make_model):
     served.check_logits()
 
 
-def test_deterministic_logits_do_not_depend_on_the_batch(make_model):
-    """Guards against what an adapter changes of the vocabulary in other parts or another order beside other rows."""
-    folder = make_model("llama", num_hidden_layers=1, vocab_size=176).folder
-    limits = {"deterministic": True, "adapter_vocabulary": True, **MAGNITUDES}
-    served = Served(folder, invariant, with_scaled_vocabulary, **limits)
+@pytest.mark.parametrize(
+    ("family", "config", "edit", "limits"),
+    [
+        ("llama", {}, with_scaled_vocabulary, {"adapter_vocabulary": True, **MAGNITUDES}),
+        ("qwen3_moe", FEW_EXPERTS, with_experts, EXPERTS),
+        ("qwen2_moe", FEW_EXPERTS, with_scaled_routers, SCALED_ROUTERS),
+        (
+            "deepseek_v2",
+            LATENT | {"q_lora_rank": None, "v_head_dim": 16, "moe_intermediate_size": 32},
+            with_scaled_latents,
+            LATENTS | MAGNITUDES,
+        ),
+    ],
+)
+def test_deterministic_logits_do_not_depend_on_the_batch(make_model, family, config, edit, limits):
+    """Guards against what an adapter changes in other parts or another order beside other rows, and against what it
+    changes of a row without one."""
+    folder = make_model(family, **{"num_hidden_layers": 1, "vocab_size": 176, **config}).folder
+    served = Served(folder, invariant, edit, deterministic=True, **limits)
     rows = [Row(PROMPTS[slot], 0, TABLES[slot], DRAW, slot, adapter=NAMED.get(slot)) for slot in PROMPTS]
     together = served.late.logits(rows).clone()
     for index, row in enumerate(rows):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels import ExpertLinears, Routing, ScaledLinear
+from baton.models.config import ModelConfig
+from baton.models.cuda.experts import plan_experts
+from baton.models.cuda.products import fastest
 from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
 from baton.tests.unit.kernels.expert_checks import routes_of, some_logits
 from baton.tests.unit.models.cuda.ahead import Ahead, check_drafts, one_after_the_other
@@ -79,6 +85,17 @@ def test_experts_without_kernels_are_refused_by_name(make_model):
     folder = make_model("qwen3_moe", num_hidden_layers=1, **EXPERTS | {"moe_intermediate_size": 24}).folder
     with pytest.raises(SettingsError, match="width 24"):
         make(folder)
+
+
+def test_adapters_of_experts_in_8_bits_are_refused_by_name(make_model):
+    """Guards against a worker that takes such adapters and fails at the first request with one."""
+    folder = make_model("qwen3_moe", num_hidden_layers=1, **EXPERTS).folder
+    config = ModelConfig.from_folder(folder)
+    weights = load_weights(config, folder, torch.float32, pack=False)
+    layer, codes = weights.layers[0], random_experts(8, 64, 48, False)
+    weights = replace(weights, layers=(replace(layer, mlp=replace(layer.mlp, gate_up=codes, down=codes)),))
+    with pytest.raises(SettingsError, match=r"--lora-room experts: .* not in 8 bits"):
+        plan_experts(weights, fastest, 4, pair_width=32)
 
 
 @pytest.mark.parametrize("weight_format", ["fp8_row", "fp8_block"])
