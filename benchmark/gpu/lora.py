@@ -311,8 +311,8 @@ def main(argv: Sequence[str]) -> int:
     pool = random_pool(config, most * blocks_for(longest) + 8)
     runner = make_runner(lines, config, weights, limits, pool, longest)
     began_at = time.monotonic()
-    kind = {"vocabulary": options.vocabulary, "dora": options.dora}
-    made = [random_adapter(config, options.rank, seed, **kind) for seed in range(IMAGES)]
+    asked = {"vocabulary": options.vocabulary, "dora": options.dora}
+    made = [random_adapter(config, options.rank, seed, **asked) for seed in range(IMAGES)]
     images = [runner.adapters.prepare(each) for each in made]
     lines.put("prepared", adapters=IMAGES, seconds=round(time.monotonic() - began_at, 2))
     for slot in range(options.slots):
