@@ -73,7 +73,7 @@ def random_adapter(config: ModelConfig, rank: int, seed: int, *, vocabulary: boo
     if not vocabulary:
         return adapter
     (embedding,), head = parts(config.vocab_size, [config.hidden_size]), parts(config.hidden_size, [config.vocab_size])
-    return replace(adapter, embedding=embedding._replace(row_scale=None), lm_head=head)
+    return replace(adapter, embedding=embedding and embedding._replace(row_scale=None), lm_head=head)
 
 
 class FillingBatch(DecodeBatch):
