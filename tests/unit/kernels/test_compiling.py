@@ -31,7 +31,7 @@ except FileExistsError:
 def run(folder: Path, *modules: str) -> dict:
     """compile_ahead.py with its cache, and modules, in `folder`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *modules]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
