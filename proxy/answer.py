@@ -89,7 +89,7 @@ class AnswerReader:
         """Raises AttemptFailed where the attempt needs that worker."""
         if not legs.owes(lost.worker):
             return
-        legs.settle(lost.worker)
+        legs.cancel(lost.worker)
         if lost.worker == legs.prefill and self._has_prompt(legs):
             return
         raise AttemptFailed(f"{lost.worker} was lost: {lost.reason}", lost.worker, counts=True)

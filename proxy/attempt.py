@@ -1,7 +1,6 @@
 """One attempt at a generation: the legs that it has at workers, each of which owes one terminal message.
 
-However an attempt ends, every leg is handed back to the host once: settled by its terminal message or by the loss of
-its worker, else cancelled.
+However an attempt ends, every leg is handed back to the host once: settled by its terminal message, else cancelled.
 """
 
 from __future__ import annotations
@@ -91,12 +90,18 @@ class AttemptLegs:
 
     def settle(self, worker: str) -> None:
         """Its leg has ended by itself."""
-        self._open.discard(worker)
-        self._host.close_leg(worker, self._request_id, computed=self._hit_tokens is None)
+        self._end(worker, None)
+
+    def cancel(self, worker: str) -> None:
+        """End its leg. Also where the worker was lost: it may be a member again, and have got the leg since."""
+        self._end(worker, Cancel(request_id=self._request_id, attempt=self.number))
 
     def close(self) -> None:
         """However the attempt ended: cancel the legs that are still open."""
-        cancel = Cancel(request_id=self._request_id, attempt=self.number)
         for worker in sorted(self._open):
+            self.cancel(worker)
+
+    def _end(self, worker: str, cancel: Cancel | None) -> None:
+        if worker in self._open:
+            self._open.remove(worker)
             self._host.close_leg(worker, self._request_id, computed=self._hit_tokens is None, cancel=cancel)
-        self._open.clear()

@@ -66,6 +66,11 @@ class Inbox(Generic[Mail]):
         """The oldest mail, if there is any."""
         return self._mail.popleft() if self._mail else None
 
+    def discard(self, kind: type) -> None:
+        """All mail of this kind that is there."""
+        if self._mail:
+            self._mail = deque(each for each in self._mail if type(each) is not kind)
+
     async def wait(self) -> None:
         """Until there is mail, and it is the reader's turn: also where it left some."""
         if self._mail:

@@ -196,6 +196,7 @@ class Session:
         constrained, adapter = self._generation.sampling.grammar is not None, self._generation.adapter
 
         def view_of(shape: ClusterShape) -> RequestView | None:
+            self._inbox.discard(WorkerLost)  # the route is chosen now, among the workers that are members
             if self._has_begun() and shape.namespace != self._namespace:
                 return None
             self._timeline.enter("route")

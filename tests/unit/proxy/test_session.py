@@ -242,7 +242,24 @@ async def test_a_lost_decode_worker_in_mid_stream() -> None:
     second = host.sent_of(Reserve)[1]
     assert second.body.token_ids == (*PROMPT, 10, 11) and second.body.prompt_len == len(PROMPT)
     assert second.body.sampling == SAMPLING and host.admitted[1].avoid == {"d0"}
-    assert [(w, m.attempt) for w, m in host.sent if isinstance(m, Cancel)] == [("p0", 0), ("p0", 1)]
+    cancels = [(w, m.attempt) for w, m in host.sent if isinstance(m, Cancel)]
+    assert cancels == [("d0", 0), ("p0", 0), ("p0", 1)]  # d0 may be a member again
+
+
+async def test_workers_that_were_lost_before_they_were_chosen_again() -> None:
+    """Guards legs at workers that are members again: an attempt that ended by an earlier loss would not cancel them,
+    and their blocks would be held until the deadline."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve) and message.attempt == 0:
+            return [WorkerLost(each, "connection is gone") for each in ("d0", "d1", "p0", "p1")]
+        if isinstance(message, Reserve):
+            return [_tokens(0, 7, attempt=1, finish="stop")]
+        return []
+
+    host = ScriptedHost(script)
+    assert _ids(await _run(host)) == [7]
+    assert [message.attempt for message in host.sent_of(Reserve)] == [0, 1] and not host.open_legs
 
 
 async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> None:
