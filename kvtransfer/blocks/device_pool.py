@@ -96,7 +96,7 @@ class UnitMemory:
         return self._memory.data.view(self.num_blocks, 1, -1)
 
 
-class LayerMemory:
+class DeviceLayerMemory:
     """A DeviceMemory as one of layers, wherever padding lies: layer l of unit u of block b is block
     (b * units + u) * layers + l here. Workers with stages exchange these."""
 

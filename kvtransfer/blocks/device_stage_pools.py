@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from baton.kvtransfer.blocks.device_copies import DeviceCopies, UnitPart
 from baton.kvtransfer.blocks.device_pool import DevicePool
+from baton.kvtransfer.blocks.device_stage_copies import DeviceStageCopies
 from baton.kvtransfer.blocks.layer_digests import layer_digests
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.rank_copies import RankCopies
-from baton.kvtransfer.blocks.stage_copies import StageCopies
 from baton.kvtransfer.reshard import Cut
 
 Padding = Callable[[KVLayout], int]
@@ -59,7 +59,7 @@ class DeviceStagePools:
                 DeviceCopies(pool.memory, self._part(layers))
                 for pool, layers in zip(pools, self.cut.layers, strict=True)
             ]
-            ranks.append(StageCopies(stages, replace(self._layout, num_units=len(self.cut.units(rank)))))
+            ranks.append(DeviceStageCopies(stages, replace(self._layout, num_units=len(self.cut.units(rank)))))
         return RankCopies(ranks, self.cut)
 
     def _part(self, layers: range) -> UnitPart:

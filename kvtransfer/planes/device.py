@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 
 from baton.kvtransfer.blocks import cudart
-from baton.kvtransfer.blocks.device_pool import DevicePool, LayerMemory, PoolMemory
+from baton.kvtransfer.blocks.device_pool import DeviceLayerMemory, DevicePool, PoolMemory
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.communicator import NcclConnector
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
@@ -61,7 +61,7 @@ def device_plane_by_layer(cut: Cut, pools: Sequence[DevicePool], digest: LayersD
     ends = [
         CudaIpcPlane(
             CudaPullEngine(
-                LayerMemory(pool.memory, pool.layout), SelfTest(cudart.device_name(pool.memory.device_index))
+                DeviceLayerMemory(pool.memory, pool.layout), SelfTest(cudart.device_name(pool.memory.device_index))
             )
         )
         for pool in pools

@@ -15,7 +15,7 @@ import torch
 
 from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
-from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, LayerMemory, PoolMemory
+from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceLayerMemory, PoolMemory
 from baton.kvtransfer.blocks.digest import Checksums
 from baton.kvtransfer.blocks.run_copies import copy_runs_async
 from baton.kvtransfer.blocks.runs import BlockRun, RowSpacing
@@ -38,7 +38,7 @@ class _Copy:
 class CudaPullEngine:
     """Copies into `memory`. One thread makes all calls."""
 
-    def __init__(self, memory: PoolMemory | LayerMemory, self_test: SelfTest) -> None:
+    def __init__(self, memory: PoolMemory | DeviceLayerMemory, self_test: SelfTest) -> None:
         self._memory = memory
         self._self_test = self_test
         cudart.use_device(memory.device_index)
@@ -47,7 +47,7 @@ class CudaPullEngine:
         # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
         self._digest_stream = torch.cuda.Stream(memory.device_index, priority=-1)  # before what computes
         self._checksums: list[Checksums] = []  # free ones
-        if not isinstance(memory, LayerMemory) and memory.block_bytes // memory.num_units % WORD_BYTES == 0:
+        if not isinstance(memory, DeviceLayerMemory) and memory.block_bytes // memory.num_units % WORD_BYTES == 0:
             self._checksums = [Checksums(memory.data, DIGEST_BLOCKS) for _ in range(DIGESTS)]
         self._events: list[int] = []  # free ones
         self._copies: dict[int, _Copy] = {}

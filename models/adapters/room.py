@@ -1,5 +1,5 @@
 """What a slot of a GPU may have room for, beside low-rank pairs of linear layers. All of it is memory of each slot, and
-launches of each step with adapters, so a worker is told what it will need; a CPU has room for anything."""
+launches of each step with adapters, so a worker has it only where an option names it; a CPU has room for anything."""
 
 from __future__ import annotations
 

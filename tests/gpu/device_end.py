@@ -56,7 +56,7 @@ class Ends:
         return self.describe()
 
     def make_stages(self, name: str, stages: int, ranks: int, gpus: list[int], scales: str) -> list[str]:
-        """Pools of a small model, whose bytes are told by `layers`."""
+        """Pools of a small model, filled as `layers` says."""
         dtype = "float8_e4m3fn" if scales == "token" else "bfloat16"
         layout = KVLayout.of_model(
             num_layers=10,

@@ -24,7 +24,7 @@ class _RunningCopy:
     sums: dict[int, bytes] = field(default_factory=dict)
 
 
-class StageCopies:
+class DeviceStageCopies:
     """`stages`: in order, each over its layers, whose unit_sums are sums of terms. Meets UnitCopies."""
 
     def __init__(self, stages: Sequence[UnitCopies], layout: KVLayout) -> None:
